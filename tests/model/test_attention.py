@@ -1,0 +1,81 @@
+"""Split attention against the dense mask, and the mask against its table."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import column, random_rows, segments
+from xprompt_jax.errors import UserError
+from xprompt_jax.model.attention import causal_kernel, dense_attention, dense_mask, splash_causal, split_attention
+from xprompt_jax.prompt import Role, SlotShape
+
+SHAPES = [SlotShape(1, 7, 3, 9), SlotShape(3, 5, 2, 6), SlotShape(0, 0, 0, 8), SlotShape(2, 6, 1, 0)]
+
+
+def allowed_by_the_table(roles, groups, segs, q, k):
+    """The contract, read cell by cell."""
+    if q == k:
+        return True
+    if k > q or segs[q] != segs[k] or Role.PAD in (roles[q], roles[k]):
+        return False
+    own = groups[q] == groups[k]
+    return {
+        (Role.IE, Role.SINK): True, (Role.XP, Role.SINK): True, (Role.TD, Role.SINK): True, (Role.SINK, Role.SINK): True,
+        (Role.IE, Role.IE): own, (Role.XP, Role.IE): own, (Role.XP, Role.XP): own,
+        (Role.TD, Role.XP): True, (Role.TD, Role.TD): True,
+    }.get((roles[q], roles[k]), False)  # fmt: skip
+
+
+def test_mask_is_the_table():
+    rng = np.random.default_rng(0)
+    roles, groups, segs = (rng.integers(0, n, (4, 30)) for n in (5, 2, 2))
+    mask = np.asarray(dense_mask(*(jnp.asarray(a) for a in (roles, groups, segs))))
+    for b in range(4):
+        for q in range(30):
+            for k in range(30):
+                assert mask[b, q, k] == allowed_by_the_table(roles[b], groups[b], segs[b], q, k), (b, q, k)
+
+
+def qkv(seed, batch, length, heads=4, kv_heads=2, dim=8):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shapes = [(batch, length, n, dim) for n in (heads, kv_heads, kv_heads)]
+    return [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_split_is_dense(shape, seed):
+    rows = random_rows(seed, shape) if shape.todo else _context_only(seed, shape)
+    q, k, v = qkv(seed, len(rows), shape.length)
+    mask = dense_mask(column(rows, "roles"), column(rows, "groups"), segments(rows))
+    real = segments(rows)[..., None, None]
+    dense = lambda q, k, v: dense_attention(q, k, v, mask) * real  # noqa: E731
+    split = lambda q, k, v: split_attention(q, k, v, shape, column(rows, "example_lengths")) * real  # noqa: E731
+    np.testing.assert_allclose(split(q, k, v), dense(q, k, v), atol=2e-6)
+    grads = [jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1, 2))(q, k, v) for f in (dense, split)]
+    for got, want in zip(*grads, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def _context_only(seed, shape):
+    """Rows as `compile` makes them: examples and XP, no task."""
+    from xprompt_jax.prompt import Sample, fill
+
+    rng, nothing = np.random.default_rng(seed), np.zeros(0, np.int32)
+    lengths = rng.integers(0, shape.context + 1, (3, shape.examples))
+    return [fill(Sample(tuple(np.arange(n) for n in row), nothing, nothing), shape, bos=0, pad=1) for row in lengths]
+
+
+def test_splash_kernel_is_causal_attention():
+    q, k, v = qkv(0, 1, 150, dim=128)
+    want = dense_attention(q, k, v, jnp.tril(jnp.ones((1, 150, 150), bool)))
+    np.testing.assert_allclose(splash_causal(q, k, v, interpret=True), want, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend, message", [("cudnn", "needs an NVIDIA GPU"), ("splash", "needs a TPU"), ("flash", "unknown")])
+def test_backends_that_cannot_run_are_refused(backend, message):
+    if jax.default_backend() != "cpu":
+        pytest.skip("asks what a CPU says")
+    with pytest.raises(UserError, match=message):
+        causal_kernel(backend, jnp.bfloat16)

@@ -1,0 +1,128 @@
+"""The decoder: sizes, and its passes against the oracle."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import FP32, TINY, column, random_rows, segments
+from xprompt_jax.config import PRESETS
+from xprompt_jax.model.cache import Cache, empty_cache, write
+from xprompt_jax.model.chameleon import Chameleon, abstract_model, extend, project_logits, unstacked
+from xprompt_jax.model.params import count, flatten, logical_axes, unflatten
+from xprompt_jax.prompt import SlotShape, stack
+
+SHAPE = SlotShape(examples=2, context=6, xp=3, todo=7)
+
+
+@pytest.mark.parametrize("name, parameters", [("7b", 7_013_666_816), ("30b", 34_294_308_864)])
+def test_published_sizes(name, parameters):
+    config = PRESETS[name]
+    assert count(abstract_model(config)) == parameters + config.num_xp_tokens * config.dim
+
+
+def test_the_mini_is_small():
+    assert count(abstract_model(PRESETS["mini"])) <= 20_000_000
+
+
+@pytest.fixture(scope="module", params=["pre-norm", "swin"])
+def model(request):
+    config = dataclasses.replace(TINY, swin_norm=request.param == "swin")
+    params = flatten(Chameleon(config, jax.random.key(0)))
+    # Norms start at one and biases at zero; move them, or a norm in the wrong place would go unseen.
+    moved = {n: v + 0.3 * jax.random.normal(jax.random.key(i), v.shape) for i, (n, v) in enumerate(params.items())}
+    return unflatten(abstract_model(config), moved)
+
+
+def oracle(model, rows):
+    return model.logits(*(column(rows, n) for n in ("ids", "roles", "groups", "positions")), segments(rows), FP32)
+
+
+@pytest.mark.parametrize("compute", [
+    FP32,
+    dataclasses.replace(FP32, scan_layers=False),
+    dataclasses.replace(FP32, remat="names"),
+    dataclasses.replace(FP32, remat="block", scan_layers=False),
+], ids=["scan", "unrolled", "scan-names", "unrolled-block"])  # fmt: skip
+def test_training_pass_is_the_oracle(model, compute):
+    rows = random_rows(1, SHAPE)
+    b = stack(rows, SHAPE.todo)
+    hidden = model.hidden(b["ids"], b["positions"], SHAPE, b["example_lengths"], compute)
+    real = segments(rows)[..., None]
+    np.testing.assert_allclose(project_logits(hidden, model.head[...]) * real, oracle(model, rows) * real, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("remat", ["block", "dots", "names", "offload"])
+def test_remat_changes_no_gradient(model, remat):
+    b = stack(random_rows(2, SHAPE), SHAPE.todo)
+
+    def loss(model, compute):
+        hidden = model.hidden(b["ids"], b["positions"], SHAPE, b["example_lengths"], compute)
+        return jnp.sum(jnp.sin(hidden[:, SHAPE.xp_end :]))
+
+    want = flatten(jax.jit(jax.grad(lambda m: loss(m, FP32)))(model))
+    got = flatten(jax.jit(jax.grad(lambda m: loss(m, dataclasses.replace(FP32, remat=remat))))(model))
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], atol=1e-5, rtol=1e-4, err_msg=name)
+
+
+def test_the_example_reaches_the_task_through_xp_alone(model):
+    """Changing an example changes the answer; cutting the XP table's way (stop at the XP slots) would not."""
+    rows = random_rows(3, SHAPE)
+    b = stack(rows, SHAPE.todo)
+
+    def answer(ids, xp_kv_from=None):
+        return model.hidden(ids, b["positions"], SHAPE, b["example_lengths"], FP32)[:, SHAPE.xp_end :]
+
+    other = b["ids"].copy()
+    other[:, 1 : SHAPE.context_end] = (other[:, 1 : SHAPE.context_end] + 7) % 400
+    assert np.abs(answer(other) - answer(b["ids"])).max() > 1e-3
+    # In the first layer XP keys do not depend on the example yet: one layer deep, the task sees nothing of it.
+    shallow = dataclasses.replace(model.config, num_layers=1)
+    one = unflatten(abstract_model(shallow), {n: v[:1] if n.startswith("blocks") else v for n, v in flatten(model).items()})
+    run = lambda ids: one.hidden(ids, b["positions"], SHAPE, b["example_lengths"], FP32)[:, SHAPE.xp_end :]  # noqa: E731
+    np.testing.assert_array_equal(run(other), run(b["ids"]))
+
+
+def test_dropout_needs_a_key_and_follows_it(model):
+    b = stack(random_rows(4, SHAPE), SHAPE.todo)
+    run = lambda key: model.hidden(b["ids"], b["positions"], SHAPE, b["example_lengths"], FP32, rate=0.5, key=key)  # noqa: E731
+    plain = model.hidden(b["ids"], b["positions"], SHAPE, b["example_lengths"], FP32)
+    np.testing.assert_array_equal(run(None), plain)
+    first, again, other = run(jax.random.key(0)), run(jax.random.key(0)), run(jax.random.key(1))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - plain).max() > 0.1 and np.abs(first - other).max() > 0.1
+
+
+def test_prefill_and_decode_are_the_oracle(model):
+    """Rows of different lengths, fed in uneven pieces with padding in between, against one dense pass."""
+    rng, lengths = np.random.default_rng(5), [5, 9, 7]
+    ids = rng.integers(2, 400, (3, 9))
+    roles = np.full((3, 9), 3)
+    want = model.logits(ids, roles, np.zeros_like(ids), np.tile(np.arange(9), (3, 1)), np.ones_like(ids), FP32)
+    apart, cache = unstacked(model), empty_cache(model.config, 3, 9 + 4, jnp.float32)
+    fed = np.zeros(3, int)
+    while (fed < lengths).any():
+        counts = np.minimum(rng.integers(0, 5, 3), lengths - fed)
+        window = np.stack([np.resize(np.append(ids[b, f : f + c], [1]), 4) for b, (f, c) in enumerate(zip(fed, counts, strict=True))])
+        h, cache = extend(apart.blocks, model.embed[...][window], cache, jnp.asarray(counts), model.config.rope_theta)
+        got = project_logits(model.final(h), model.head[...])
+        for b, (f, c) in enumerate(zip(fed, counts, strict=True)):
+            np.testing.assert_allclose(got[b, :c], want[b, f : f + c], atol=1e-4, rtol=1e-4)
+        fed += counts
+    np.testing.assert_array_equal(cache.length, lengths)
+
+
+def test_cache_writes_per_row():
+    buffer = write(jnp.zeros((2, 5, 1, 1)), jnp.ones((2, 2, 1, 1)), jnp.array([0, 3]))
+    np.testing.assert_array_equal(buffer[..., 0, 0], [[1, 1, 0, 0, 0], [0, 0, 0, 1, 1]])
+    assert isinstance(jax.tree.map(lambda x: x, empty_cache(TINY, 1, 2, jnp.float32)), Cache)
+
+
+def test_every_parameter_has_axes_and_survives_flattening(model):
+    params = flatten(model)
+    assert all(len(logical_axes(name)) == value.ndim for name, value in params.items())
+    again = flatten(unflatten(abstract_model(model.config), params))
+    assert all((again[name] == params[name]).all() for name in params)

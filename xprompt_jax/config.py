@@ -1,0 +1,248 @@
+"""Every setting of the project, as frozen dataclasses; JSON in, JSON out; presets of the published sizes.
+
+`ModelConfig` says what the weights are. `ComputeConfig` says how the same numbers are computed (it may change between
+two runs on the same weights). The rest configures a run. Shape letters: B batch, L slots, D model, H query heads,
+G kv heads, K head dim, F ffn, V vocab, N layers, S XP tokens, E examples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import pydantic
+
+from xprompt_jax.errors import UserError
+
+T = TypeVar("T")
+
+# Unknown keys and wrong types are errors, never ignored (strict mode still lets an int stand for a float).
+_STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """The VQGAN image tokenizer (facts: chameleon.md 2.1). Defaults are Chameleon's: 512 x 512 pixels to 32 x 32 codes."""
+
+    __pydantic_config__ = _STRICT
+    channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    latent_channels: int = 256
+    embed_dim: int = 256
+    num_codes: int = 8192
+    image_size: int = 512
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per code along one side."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+    @property
+    def grid(self) -> int:
+        """Codes along one side of an image of `image_size` pixels."""
+        return self.image_size // self.downsample
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Chameleon-family decoder with XP tokens (facts: chameleon.md 1.1). Defaults are the 7B's."""
+
+    __pydantic_config__ = _STRICT
+    vocab_size: int = 65536
+    dim: int = 4096
+    num_layers: int = 32
+    num_heads: int = 32
+    num_kv_heads: int = 32
+    head_dim: int = 128
+    ffn_dim: int = 11008
+    swin_norm: bool = False
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    num_xp_tokens: int = 64
+    layout: Literal["plain", "lumina"] = "plain"
+    vq: VQConfig = field(default_factory=VQConfig)
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(f"model.num_heads {self.num_heads} must be a multiple of model.num_kv_heads {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise UserError(f"model.head_dim {self.head_dim} must be even (rotary pairs)")
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How the forward pass is computed. None of these changes what is computed, up to rounding."""
+
+    __pydantic_config__ = _STRICT
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Type of activations and of the weights at use; masters keep their own type."""
+    scan_layers: bool = True
+    """One compiled layer in a loop (fast to compile), or all layers unrolled (often faster to run on a GPU)."""
+    remat: Literal["none", "block", "dots", "names", "offload"] = "none"
+    """What the backward pass recomputes: nothing, whole blocks, all but matrix products, all but named activations
+    (queries, keys, values, attention output, MLP products), or block inputs moved to host memory."""
+    attention: Literal["xla", "cudnn", "splash"] = "xla"
+    """Kernel for the square causal calls. A backend that cannot run here is an error, never a silent fallback."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 takes all that are left (at most one axis may be -1)."""
+
+    __pydantic_config__ = _STRICT
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class BucketConfig:
+    """One static shape of a training row and how many rows of it a step holds (see prompt.py)."""
+
+    __pydantic_config__ = _STRICT
+    name: str
+    examples: int
+    """Example pairs in the row (E)."""
+    context: int
+    """Slots for one example (its instruction and its two images)."""
+    todo: int
+    """Slots for the task: instruction, input image, answer."""
+    answer: int
+    """Most tokens of a row that carry loss."""
+    rows: int
+    """Rows of this bucket in every step, over all hosts."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What rows are made of. Every row is a pure function of (seed, step)."""
+
+    __pydantic_config__ = _STRICT
+    store: str = "data/tokens"
+    """Folder written by `xprompt tokenize`: token records, and the pair and caption tables that refer to them."""
+    buckets: tuple[BucketConfig, ...] = (
+        BucketConfig("in_context", examples=1, context=2304, todo=2304, answer=1027, rows=768),
+        BucketConfig("describe", examples=1, context=2304, todo=512, answer=448, rows=128),
+        BucketConfig("text_to_image", examples=0, context=0, todo=1536, answer=1027, rows=128),
+    )
+    mode: Literal["xprompt", "causal", "none"] = "xprompt"
+    """xprompt: the paper's mask. causal: the example stays visible (the paper's baseline). none: no example."""
+    loss: Literal["answer", "todo"] = "answer"
+    """Tokens that carry loss: the answer alone, or every task token."""
+    reverse: bool = True
+    """Also train every pair backwards (output to input)."""
+    same_scene_partner: bool = False
+    """Allow the example to share its source image with the query."""
+    drop_example: float = 0.0
+    """Fraction of in-context rows that lose their example, for guidance without it."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with warm-up (facts: chameleon.md section 5; the paper gives lr 1e-4, cosine, batch 1024, 20k steps)."""
+
+    __pydantic_config__ = _STRICT
+    learning_rate: float = 1e-4
+    schedule: Literal["cosine", "constant", "linear"] = "cosine"
+    warmup_steps: int = 200
+    final_fraction: float = 0.0
+    """Learning rate at the last step, as a fraction of the peak."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    xp_lr_multiplier: float = 1.0
+    """Learning rate of the XP embeddings relative to the rest; they have no weight decay."""
+    trainable: Literal["all", "xp", "image_head"] = "all"
+    """all: everything. xp: the XP embeddings alone. image_head: head rows of the image tokens alone."""
+    ema_decay: float = 0.0
+    """Exponential moving average of the weights, kept beside them; 0 turns it off."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop."""
+
+    __pydantic_config__ = _STRICT
+    steps: int = 20_000
+    accumulate: int = 1
+    """Microbatches per step, summed inside the compiled step; each must hold rows / accumulate rows of every bucket."""
+    z_loss: float = 1e-5
+    dropout: float = 0.0
+    """Residual-branch dropout, training only (Lumina-mGPT 7B uses 0.05)."""
+    loss_chunk: int = 2048
+    """Answer tokens per slice of the head; bounds the memory of the logits."""
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 500
+    """0 turns evaluation off."""
+    eval_batches: int = 4
+    save_every: int = 1000
+    keep: int = 3
+    """Newest checkpoints kept; older ones are removed."""
+    init_from: str | None = None
+    """A model folder to start from (any format that from_pretrained reads); None starts from random weights."""
+    spike_factor: float = 0.0
+    """Stop when the loss exceeds this multiple of its running mean; 0 turns it off. A loss that is not finite always stops."""
+    wandb_project: str | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, whole."""
+
+    __pydantic_config__ = _STRICT
+    model: ModelConfig = field(default_factory=ModelConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "7b": ModelConfig(),
+    "30b": ModelConfig(dim=8192, num_layers=48, num_heads=64, num_kv_heads=8, ffn_dim=22016, swin_norm=True),
+    # A Chameleon in everything but size: 64 px images of 16 x 16 codes, about 20 million parameters.
+    "mini": ModelConfig(
+        vocab_size=2048, dim=384, num_layers=8, num_heads=6, num_kv_heads=6, head_dim=64, ffn_dim=1024, num_xp_tokens=16,
+        vq=VQConfig(channels=32, channel_multipliers=(1, 2, 4), num_res_blocks=2, latent_channels=64, embed_dim=32,
+                    num_codes=1024, image_size=64),
+    ),
+}  # fmt: skip
+
+
+def to_json(config) -> str:
+    """Any of the dataclasses above as indented JSON."""
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_json(cls: type[T], text: str, *, source: str = "config") -> T:
+    """Reads what `to_json` wrote, strictly.
+
+    Raises:
+      UserError: on malformed JSON, an unknown key or a wrong type, naming `source` and the key.
+    """
+    try:
+        return pydantic.TypeAdapter(cls).validate_json(text)
+    except pydantic.ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        where = ".".join(str(p) for p in first["loc"])
+        hint = "remove it or correct its spelling" if "extra" in first["type"] or "unexpected" in first["type"] else first["msg"]
+        what = "unknown key" if "unexpected" in first["type"] or "extra" in first["type"] else "bad value for"
+        raise UserError(f"{source}: {what} {where!r}: {hint}" if where else f"{source}: {first['msg']}") from None
+
+
+def load_json(cls: type[T], path: str | Path) -> T:
+    """Reads a JSON file written by `to_json`; errors name the file."""
+    try:
+        text = Path(path).read_text()
+    except OSError as e:
+        raise UserError(f"{path}: cannot read: {e.strerror}") from None
+    return from_json(cls, text, source=str(path))

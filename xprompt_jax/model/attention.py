@@ -1,0 +1,182 @@
+"""Attention under the XP mask: the dense oracle, the split form that production uses, and the cached form.
+
+Training never builds an [L, L] mask. With the slots of prompt.py the mask falls apart into calls that fast kernels
+know (square, causal), and E * S dense rows:
+
+    1. [SINK | IE_e]               square causal, the examples folded into the batch
+    2. XP_e over [SINK | IE_e | XP_e]   S dense rows, with the example's length as the only mask
+    3. [SINK | XP_1 .. XP_E | TD]  square causal; only the TD rows of the result are kept
+
+Padding needs no mask in 1 and 3: it stands at the end, where causality already hides it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from xprompt_jax.errors import UserError
+from xprompt_jax.prompt import Role, SlotShape
+
+_MASKED = -1e30  # finite, so that a row without any key cannot become NaN
+
+
+def dense_mask(roles: jax.Array, groups: jax.Array, segments: jax.Array) -> jax.Array:
+    """The contract as a matrix, for tests and for `XPrompt.logits`.
+
+    Args:
+      roles: int32 [B, L], values of `prompt.Role`.
+      groups: int32 [B, L], the example a token belongs to.
+      segments: int32 [B, L], the document a token belongs to.
+
+    Returns:
+      bool [B, L, L], true where query (row) may attend to key (column). PAD tokens see themselves alone.
+    """
+    length = roles.shape[1]
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    q, k = roles[:, :, None], roles[:, None, :]
+    own_group = groups[:, :, None] == groups[:, None, :]
+    from_example = ((q == Role.IE) | (q == Role.XP)) & own_group
+    rule = (
+        (k == Role.SINK)
+        | ((k == Role.IE) & from_example)
+        | ((k == Role.XP) & (((q == Role.XP) & own_group) | (q == Role.TD)))
+        | ((k == Role.TD) & (q == Role.TD))
+    )
+    allowed = causal & rule & (segments[:, :, None] == segments[:, None, :]) & (q != Role.PAD) & (k != Role.PAD)
+    return allowed | jnp.eye(length, dtype=bool)
+
+
+def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax attention with a mask; the slow oracle, and the few dense rows of the split form.
+
+    Args:
+      q: [B, Q, H, K].
+      k, v: [B, T, G, K], G dividing H.
+      mask: bool, broadcastable to [B, Q, T].
+
+    Returns:
+      [B, Q, H, K] in q's type; scores and softmax in float32.
+    """
+    batch, queries, heads, dim = q.shape
+    kv_heads = k.shape[2]
+    q = q.reshape(batch, queries, kv_heads, heads // kv_heads, dim)
+    scores = jnp.einsum("bqgrk,btgk->bgrqt", q, k, preferred_element_type=jnp.float32) * dim**-0.5
+    scores = jnp.where(mask[:, None, None], scores, _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bgrqt,btgk->bqgrk", weights, v).reshape(batch, queries, heads, dim)
+
+
+def split_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, shape: SlotShape, example_lengths: jax.Array, backend: str = "xla"
+) -> jax.Array:
+    """Attention under the XP mask on the slots of prompt.py, without ever forming the mask.
+
+    Args:
+      q: [B, L, H, K], rotated.
+      k, v: [B, L, G, K], keys rotated.
+      shape: the slots of the rows.
+      example_lengths: int32 [B, E], tokens of each example.
+      backend: kernel of the causal calls, see `causal_kernel`.
+
+    Returns:
+      [B, L, H, K]. Rows of padding hold finite values without meaning.
+    """
+    causal = causal_kernel(backend, q.dtype)
+    batch, examples, context, xp = q.shape[0], shape.examples, shape.context, shape.xp
+    if not examples:
+        return causal(q, k, v)
+
+    def fold(t: jax.Array, start: int, size: int) -> jax.Array:
+        """Slots of all examples, with the examples folded into the batch: [B * E, size, heads, K]."""
+        return t[:, start : start + examples * size].reshape(batch * examples, size, *t.shape[2:])
+
+    def per_example(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        sink = jnp.repeat(t[:, :1], examples, axis=0)
+        return jnp.concatenate([sink, fold(t, 1, context)], axis=1), fold(t, shape.context_end, xp)
+
+    (q_ie, q_xp), (k_ie, k_xp), (v_ie, v_xp) = per_example(q), per_example(k), per_example(v)
+    example = causal(q_ie, k_ie, v_ie)
+
+    in_example = jnp.arange(1 + context) <= example_lengths.reshape(-1, 1)
+    mask = jnp.concatenate(
+        [
+            jnp.broadcast_to(in_example[:, None], (batch * examples, xp, 1 + context)),
+            jnp.broadcast_to(jnp.tril(jnp.ones((xp, xp), bool)), (batch * examples, xp, xp)),
+        ],
+        axis=-1,
+    )
+    keys, values = jnp.concatenate([k_ie, k_xp], axis=1), jnp.concatenate([v_ie, v_xp], axis=1)
+    carried = dense_attention(q_xp, keys, values, mask)
+
+    parts = [
+        example[:: examples, :1],
+        example[:, 1:].reshape(batch, examples * context, *q.shape[2:]),
+        carried.reshape(batch, examples * xp, *q.shape[2:]),
+    ]
+    if shape.todo:
+        visible = [jnp.concatenate([t[:, :1], t[:, shape.context_end :]], axis=1) for t in (q, k, v)]
+        parts.append(causal(*visible)[:, 1 + examples * xp :])
+    return jnp.concatenate(parts, axis=1)
+
+
+def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Attention of W new tokens over a cache that already holds their keys.
+
+    Args:
+      q: [B, W, H, K], rotated.
+      k, v: [B, T, G, K], the whole cache.
+      lengths: int32 [B], slots of each row that were filled before the new tokens.
+
+    Returns:
+      [B, W, H, K]: new token i of a row sees slots 0 .. lengths + i.
+    """
+    window = lengths[:, None] + jnp.arange(q.shape[1])
+    return dense_attention(q, k, v, jnp.arange(k.shape[1]) <= window[..., None])
+
+
+Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def causal_kernel(backend: str, dtype) -> Kernel:
+    """The kernel for square causal attention, q [B, L, H, K], k and v [B, L, G, K].
+
+    xla runs everywhere; cudnn needs an NVIDIA GPU and a 16-bit type; splash needs a TPU.
+
+    Raises:
+      UserError: the backend cannot run here. There is no silent fallback.
+    """
+    platform = jax.default_backend()
+    if backend == "xla":
+        return functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="xla")
+    if backend == "cudnn":
+        if platform != "gpu":
+            raise UserError(f"compute.attention 'cudnn' needs an NVIDIA GPU, this is {platform}; use 'xla'")
+        if jnp.dtype(dtype).itemsize != 2:
+            raise UserError(f"compute.attention 'cudnn' needs compute.dtype bfloat16 or float16, not {jnp.dtype(dtype)}")
+        return functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    if backend == "splash":
+        if platform != "tpu":
+            raise UserError(f"compute.attention 'splash' needs a TPU, this is {platform}; use 'xla'")
+        return splash_causal
+    raise UserError(f"compute.attention {backend!r} is unknown; use xla, cudnn or splash")
+
+
+def splash_causal(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False) -> jax.Array:
+    """Square causal attention by JAX's TPU splash kernel; lengths are padded to the kernel's block of 128.
+
+    `interpret` runs the kernel's program on any device, slowly, so that tests can hold it against the oracle.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    length, heads, dim = q.shape[1], q.shape[2], q.shape[3]
+    pad = -length % 128
+    repeat = heads // k.shape[2]
+    q, k, v = (jnp.pad(t, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2) for t in (q * dim**-0.5, k, v))
+    k, v = (jnp.repeat(t, repeat, axis=1) for t in (k, v))
+    mask = splash.MultiHeadMask([splash.CausalMask((length + pad, length + pad))] * heads)
+    kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, interpret=interpret)
+    return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)[:, :length]

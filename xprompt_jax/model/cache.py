@@ -1,0 +1,50 @@
+"""The static key-value cache: one buffer per layer and side, rows of different lengths.
+
+    row 0:  SINK  XP XP XP XP   TD TD TD TD TD TD  .  .  .  .      length 11
+    row 1:  SINK  TD TD TD      .  .  .  .  .  .   .  .  .  .      length 4
+
+A row is contiguous: what is valid is 0 .. length-1, so a row needs one number, not a mask. Writing W tokens puts their
+keys at length .. length+W-1; a token that is not kept (padding of a shorter prompt, a rejected draft) is dropped by not
+advancing the length, and the next write covers it. The buffers must therefore be W longer than what is ever kept:
+`dynamic_update_slice` clamps its start, and a window written past the end would silently shift left.
+
+Layers have buffers of their own because scanning over a stacked cache copies all of it in every step (facts:
+inference.md 5).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from xprompt_jax.config import ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys (rotated) and values of every layer."""
+
+    k: tuple[jax.Array, ...]
+    """N buffers [B, T, G, K]."""
+    v: tuple[jax.Array, ...]
+    """N buffers [B, T, G, K]."""
+    length: jax.Array
+    """int32 [B], filled slots of each row."""
+    position: jax.Array
+    """int32 [B], rotary position of each row's next token."""
+
+
+def empty_cache(config: ModelConfig, batch: int, slots: int, dtype) -> Cache:
+    """A cache of B rows of T slots, nothing in it yet."""
+    shape = (batch, slots, config.num_kv_heads, config.head_dim)
+    buffers = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))  # noqa: E731
+    return Cache(buffers(), buffers(), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32))
+
+
+def write(buffer: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    """Puts new [B, W, G, K] into buffer [B, T, G, K] at start[b] of each row; start + W must not exceed T."""
+    put = lambda row, value, at: jax.lax.dynamic_update_slice_in_dim(row, value, at, axis=0)  # noqa: E731
+    return jax.vmap(put)(buffer, new.astype(buffer.dtype), start)

@@ -1,0 +1,72 @@
+"""From logits to a token: temperature, top-k, top-p, and noise that belongs to a position, not to a batch.
+
+The noise of token i of an image is Gumbel(fold_in(key of the image, i)), and the token is argmax(logits / T + noise): an
+exact sample of the softmax. It does not depend on the batch the image is drawn in, nor on how many positions a pass
+computes at once; that makes seeds mean something and lossless parallel decoding testable (facts: inference.md 1.3).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from xprompt_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a distribution is narrowed before a token is drawn. Defaults change nothing but the seedable draw."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    """Keep the k most likely tokens, ties included; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of most likely tokens with this much mass."""
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise UserError(f"temperature {self.temperature} must not be negative (0 takes the most likely token)")
+        if self.top_k < 0:
+            raise UserError(f"top_k {self.top_k} must not be negative (0 keeps all tokens)")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p {self.top_p} must be in (0, 1]")
+
+
+def narrow(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Temperature, then top-k, then top-p: float32 [..., V] -> [..., V] with -inf on what is cut."""
+    if sampling.temperature > 0:
+        logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        floor = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
+        logits = jnp.where(logits < floor, -jnp.inf, logits)
+    if sampling.top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        mass_before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
+        floor = jnp.min(jnp.where(mass_before < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < floor, -jnp.inf, logits)
+    return logits
+
+
+def gumbel(keys: jax.Array, index: jax.Array, size: int) -> jax.Array:
+    """Noise of tokens `index` [B, W] of the images with `keys` [B]: float32 [B, W, size]."""
+    one = lambda key, i: jax.random.gumbel(jax.random.fold_in(key, i), (size,), jnp.float32)  # noqa: E731
+    return jax.vmap(jax.vmap(one, (None, 0)))(keys, index)
+
+
+def choose(logits: jax.Array, noise: jax.Array, sampling: Sampling) -> jax.Array:
+    """int32 [...]: one token per distribution [..., V]; the most likely one at temperature 0."""
+    logits = narrow(logits.astype(jnp.float32), sampling)
+    return jnp.argmax(logits if sampling.temperature == 0 else logits + noise, axis=-1).astype(jnp.int32)
+
+
+def penalise_repeats(logits: jax.Array, seen: jax.Array, penalty: float) -> jax.Array:
+    """Makes tokens that were produced already less likely (Meta's text default is 1.2; 1 turns it off).
+
+    Args:
+      logits: float32 [B, V].
+      seen: bool [B, V].
+      penalty: positive logits are divided by it, negative ones multiplied.
+    """
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)

@@ -1,0 +1,76 @@
+"""Filling the cache before decoding: the SINK, the XP tokens of compiled examples, the task's prompt.
+
+    [ SINK | XP_1 .. XP_E | prompt ...... | answer ................ | W ]
+
+Rows may differ in the number of examples and in the length of the prompt; each row stays contiguous (model/cache.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xprompt_jax.config import ModelConfig
+from xprompt_jax.model.cache import Cache, empty_cache, write
+from xprompt_jax.model.chameleon import Chameleon, extend
+from xprompt_jax.model.layers import rotary
+from xprompt_jax.prompt import todo_start
+from xprompt_jax.sample.compiled import CompiledPrompt
+
+PROMPT_STEP = 64
+"""Prompts are padded to a multiple of this, so that few programs are compiled."""
+
+
+def prefill(
+    model: Chameleon, config: ModelConfig, contexts: Sequence[CompiledPrompt | None], prompts: Sequence[np.ndarray], bos: int,
+    *, room: int, dtype,
+) -> Cache:  # fmt: skip
+    """A cache that holds SINK, XP and prompt of every row.
+
+    Args:
+      model: decoder with its layers apart.
+      contexts: per row, its compiled examples, or None.
+      prompts: per row, int32 [n] task tokens; may be empty.
+      room: slots to keep free behind the longest row.
+      dtype: of the cache.
+    """
+    batch, most = len(prompts), max((c.num_examples if c else 0) for c in contexts)
+    width = max(PROMPT_STEP, -(-max(len(p) for p in prompts) // PROMPT_STEP) * PROMPT_STEP)
+    xp = next((c.k.shape[2] for c in contexts if c), 0)
+    shape = (config.num_layers, batch, most * xp, config.num_kv_heads, config.head_dim)
+    k, v = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    positions = np.zeros((batch, most * xp), np.int32)
+    start = np.ones(batch, np.int32)
+    for row, context in enumerate(contexts):
+        for e in range(context.num_examples if context else 0):
+            at = slice(e * xp, (e + 1) * xp)
+            k[:, row, at], v[:, row, at] = context.k[e], context.v[e]
+            positions[row, at] = 1 + context.lengths[e] + np.arange(xp)
+        if context:
+            start[row] = todo_start(context.lengths, xp)
+    tokens = np.zeros((batch, width), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    filled = np.array([c.num_examples * xp if c else 0 for c in contexts], np.int32)
+    return _prefill(
+        model, k, v, positions, filled, start, tokens, np.array([len(p) for p in prompts], np.int32), np.int32(bos),
+        slots=1 + most * xp + width + room, dtype=jnp.dtype(dtype), config=config,
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("slots", "dtype", "config"))
+def _prefill(model, k, v, positions, filled, start, tokens, counts, bos, *, slots, dtype, config) -> Cache:
+    batch = tokens.shape[0]
+    embed = model.embed[...].astype(dtype)
+    cache = empty_cache(config, batch, slots, dtype)
+    sink = jnp.broadcast_to(embed[bos], (batch, 1, config.dim))
+    _, cache = extend(model.blocks, sink, cache, jnp.ones(batch, jnp.int32), config.rope_theta)
+    ones = jnp.ones(batch, jnp.int32)
+    ks = tuple(write(b, rotary(k[n].astype(dtype), positions, config.rope_theta), ones) for n, b in enumerate(cache.k))
+    vs = tuple(write(b, v[n], ones) for n, b in enumerate(cache.v))
+    cache = Cache(ks, vs, cache.length + filled, start)
+    return extend(model.blocks, embed[tokens], cache, counts, config.rope_theta)[1]

@@ -1,0 +1,85 @@
+"""Model folders: what `from_pretrained` reads and `save_pretrained` writes.
+
+    config.json           ModelConfig
+    text_tokenizer.json   words and special ids
+    params/               Orbax: the decoder under "decoder.", the VQGAN under "vqgan."
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xprompt_jax.checkpoint import load_params, save_params
+from xprompt_jax.config import ComputeConfig, ModelConfig, load_json, to_json
+from xprompt_jax.errors import UserError
+from xprompt_jax.files import atomic_path
+from xprompt_jax.mesh import sharding_for
+from xprompt_jax.model.chameleon import abstract_model
+from xprompt_jax.model.params import flatten, logical_axes, unflatten
+from xprompt_jax.model.vqgan import VQGAN
+from xprompt_jax.sample.sampler import XPrompt
+from xprompt_jax.tokens import Tokenizer
+
+
+def save(model: XPrompt, folder: str | Path) -> None:
+    """Writes a model folder, whole or not at all."""
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        (temporary / "config.json").write_text(to_json(model.config))
+        model.tokenizer.save(temporary / "text_tokenizer.json")
+        save_params(temporary / "params", {
+            **{f"decoder.{name}": value for name, value in flatten(model.decoder).items()},
+            **{f"vqgan.{name}": value for name, value in flatten(model.vqgan).items()},
+        })  # fmt: skip
+
+
+def load(folder: str | Path, *, compute: ComputeConfig | None = None, mesh: jax.sharding.Mesh | None = None, dtype=None) -> XPrompt:
+    """Loads a model folder.
+
+    Args:
+      folder: of our own format.
+      compute: how to compute; the default is float32 on CPU and bfloat16 elsewhere.
+      mesh: decoder weights are sharded over it by the rules of mesh.py; None keeps them on one device.
+      dtype: of the decoder's weights; None takes the compute type. The VQGAN stays in float32, or codes would flip.
+
+    Raises:
+      UserError: the folder is missing or incomplete.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such model folder")
+    for name in ("config.json", "text_tokenizer.json", "params"):
+        if not (folder / name).exists():
+            raise UserError(f"{folder}: no {name}: not a model folder of ours; convert other formats with `xprompt convert`")
+    config = load_json(ModelConfig, folder / "config.json")
+    compute = compute or ComputeConfig(dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = jnp.dtype(dtype or compute.dtype)
+    decoder, vqgan = abstract_model(config, dtype), jax.eval_shape(lambda: VQGAN(config.vq, jax.random.key(0)))
+
+    def placed(name: str, value: jax.ShapeDtypeStruct):
+        sharding = None if mesh is None else sharding_for(mesh, logical_axes(name), value.shape)
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+
+    like = {f"decoder.{name}": placed(name, value) for name, value in flatten(decoder).items()}
+    like |= {f"vqgan.{name}": value for name, value in flatten(vqgan).items()}
+    params = load_params(folder / "params", like)
+    part = lambda prefix: {n.removeprefix(prefix): v for n, v in params.items() if n.startswith(prefix)}  # noqa: E731
+    return XPrompt(
+        unflatten(decoder, part("decoder.")), unflatten(vqgan, part("vqgan.")),
+        Tokenizer.from_file(folder / "text_tokenizer.json"), compute=compute,
+    )  # fmt: skip
+
+
+def fingerprint(config: ModelConfig, params: Mapping[str, jax.Array], tokenizer: Tokenizer) -> str:
+    """16 hex digits over the configuration, the tokenizer, the XP table and a slice of every weight, in bfloat16."""
+    digest = hashlib.sha256(to_json(config).encode() + tokenizer.fingerprint.encode())
+    for name in sorted(params):
+        value = params[name] if name == "xp" else params[name].reshape(-1)[:256]
+        digest.update(name.encode() + np.asarray(value.astype(jnp.bfloat16)).tobytes())
+    return digest.hexdigest()[:16]

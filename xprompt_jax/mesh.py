@@ -1,1 +1,159 @@
-def constrain(x,*a): return x
+"""Where things live: the device mesh, the one table from logical axes to mesh axes, and the start of several processes.
+
+Mesh axes are data, fsdp and tensor; an axis of size 1 stays. All axes are Auto: XLA propagates shardings from parameters,
+batches and the few `constrain` calls of the model, and the same code runs on jax 0.10 to 0.12. That choice is made here
+alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from xprompt_jax.config import MeshConfig
+from xprompt_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes. Parameters and activations share the table; their embedding axes differ in name.
+RULES: dict[str | None, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "ffn": ("tensor",),
+    "act_embed": (),
+    "slots": (),
+    "layers": (),
+    "head_dim": (),
+    "xp": (),
+    None: (),
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of a configuration; -1 takes the devices that are left.
+
+    Raises:
+      UserError: more than one -1, or the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [config.data, config.fsdp, config.tensor]
+    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+        raise UserError(f"mesh data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]}: sizes are positive, and one may be -1")
+    known = math.prod(s for s in sizes if s != -1)
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise UserError(f"mesh data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]} does not fit {len(devices)} devices; "
+                        "change --mesh.data, --mesh.fsdp or --mesh.tensor")  # fmt: skip
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def spec(*logical: str | None) -> PartitionSpec:
+    """The partition of a tensor with these logical axes.
+
+    Raises:
+      ValueError: two of them map to the same mesh axis, or an axis is unknown.
+    """
+    unknown = [name for name in logical if name not in RULES]
+    if unknown:
+        raise ValueError(f"logical axes {unknown} are not in mesh.RULES")
+    used = [axis for name in logical for axis in RULES[name]]
+    if len(used) != len(set(used)):
+        raise ValueError(f"logical axes {logical} map to {used}: one mesh axis cannot split two dimensions")
+    entries = [RULES[name] for name in logical]
+    return PartitionSpec(*(e if len(e) > 1 else e[0] if e else None for e in entries))
+
+
+def sharding_for(mesh: Mesh, logical: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+    """The sharding of a tensor of `shape`; a dimension that its mesh axes do not divide stays whole."""
+    whole = [
+        name if size % math.prod(mesh.shape[a] for a in RULES[name]) == 0 else None
+        for name, size in zip(logical, shape, strict=True)
+    ]
+    spec(*logical)  # collisions are refused on the names asked for
+    return NamedSharding(mesh, spec(*whole))
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """States how an activation is laid out, under the mesh of `jax.set_mesh`; without a mesh, nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    whole = [
+        name if size % math.prod(mesh.shape[a] for a in RULES[name]) == 0 else None
+        for name, size in zip(logical, x.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, spec(*whole))
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """This host's rows of a batch (a pytree of arrays [rows, ...]) -> global arrays, rows over data and fsdp."""
+    sharding = NamedSharding(mesh, spec("batch"))
+    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), batch)
+
+
+def start_distributed(mode: str = "auto") -> None:
+    """Joins the processes of one run; call before any other use of JAX.
+
+    Args:
+      mode: "off"; "auto" (joins when SLURM, Open MPI or a TPU pod started more than one process); or
+        "address:port,count,index".
+
+    Raises:
+      UserError: a malformed mode.
+    """
+    if mode == "off":
+        return
+    if mode == "auto":
+        sizes = (os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
+        pod = os.environ.get("TPU_WORKER_HOSTNAMES", "").count(",") > 0
+        if pod or any(size.isdigit() and int(size) > 1 for size in sizes):
+            jax.distributed.initialize()
+        return
+    address, _, rest = mode.partition(",")
+    count, _, index = rest.partition(",")
+    if ":" not in address or not count.isdigit() or not index.isdigit():
+        raise UserError(f"--distributed {mode!r}: use auto, off, or address:port,count,index")
+    jax.distributed.initialize(address, int(count), int(index))
+
+
+def report(
+    params: Mapping[str, Any], axes: Callable[[str], Sequence[str | None]], mesh: Mesh, trainable: Collection[str]
+) -> str:
+    """A table of every parameter: shape, type, partition, bytes on one device, trained or frozen.
+
+    Raises:
+      UserError: a large tensor (over 2 % of all bytes and 16 MiB) would stand whole on every device of fsdp x tensor.
+    """
+    rows, total = [], sum(p.size * p.dtype.itemsize for p in params.values())
+    split = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    for name, p in params.items():
+        sharding = sharding_for(mesh, axes(name), p.shape)
+        size = p.size * p.dtype.itemsize
+        local = math.prod(sharding.shard_shape(p.shape)) * p.dtype.itemsize
+        if split > 1 and local == size and size > max(0.02 * total, 2**24):
+            raise UserError(f"{name} {p.shape} ({size / 2**20:.0f} MiB) would be whole on every device: no dimension is a multiple "
+                            "of its mesh axis; change --mesh.fsdp or --mesh.tensor")  # fmt: skip
+        state = "trained" if name in trainable else "frozen"
+        rows.append((name, "x".join(map(str, p.shape)), str(p.dtype), str(tuple(sharding.spec)), f"{local / 2**20:.2f} MiB", state))
+    widths = [max(len(r[i]) for r in rows) for i in range(6)]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    count = sum(p.size for p in params.values())
+    lines.append(f"{count:,} parameters, {total / 2**20:.1f} MiB, mesh {dict(mesh.shape)}")
+    return "\n".join(lines)
+
+
+def log_devices() -> None:
+    """Says which devices this process sees; a silent fall back to the CPU is a common surprise."""
+    devices = jax.devices()
+    logging.getLogger(__name__).info("%d x %s, process %d of %d", len(devices), devices[0].device_kind, jax.process_index(), jax.process_count())

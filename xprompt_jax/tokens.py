@@ -29,6 +29,9 @@ from xprompt_jax.errors import UserError
 CODE = -1
 """Marks the places of image codes in a layout's template."""
 
+IMAGE_START = 4
+"""Id of code 0 in every published tokenizer and in ours; `Vocabulary` checks it."""
+
 _LETTERS = "ABCDEFGHIJ"
 _LUMINA_SIDES = 16
 """Height and width words a mini tokenizer carries, in units of 32 pixels."""
@@ -83,6 +86,8 @@ class Vocabulary:
         if not num_codes:
             raise UserError(f"{source}: no image words (IMGIMG...Z): not a Chameleon text_tokenizer.json; use the file beside the weights")
         start = vocab[image_token_name(0)]
+        if start != IMAGE_START:
+            raise UserError(f"{source}: image code 0 has id {start}, not {IMAGE_START}: not a Chameleon text_tokenizer.json")
         for code in range(num_codes):
             if vocab[image_token_name(code)] != start + code:
                 raise UserError(f"{source}: image word of code {code} has id {vocab[image_token_name(code)]}, not {start + code}: "

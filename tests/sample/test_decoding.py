@@ -1,0 +1,177 @@
+"""Decoding against the oracle: compiled = masked, windows = one by one, alone = in a batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import FP32, TINY, tiny_tokenizer
+from xprompt_jax.errors import UserError
+from xprompt_jax.model.chameleon import Chameleon
+from xprompt_jax.model.params import flatten, unflatten
+from xprompt_jax.model.vqgan import VQGAN
+from xprompt_jax.prompt import Sample, SlotShape, fill
+from xprompt_jax.sample.compiled import CompiledPrompt
+from xprompt_jax.sample.guidance import Guidance
+from xprompt_jax.sample.logits import Sampling, choose, gumbel, narrow
+from xprompt_jax.sample.sampler import Example, XPrompt
+
+
+@pytest.fixture(scope="module")
+def model():
+    decoder = Chameleon(TINY, jax.random.key(0))
+    params = flatten(decoder)
+    params["head"] = params["head"] * 3  # sharper than random: windows should agree sometimes, and not always
+    return XPrompt(unflatten(decoder, params), VQGAN(TINY.vq, jax.random.key(1)), tiny_tokenizer(), compute=FP32)
+
+
+def images(seed, count):
+    return list(np.random.default_rng(seed).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8))
+
+
+def example(seed, instruction="remove the rain"):
+    return Example(*images(seed, 2), instruction)
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def by_the_oracle(model, examples, image, seed):
+    """Draws one image token by token through `XPrompt.logits` on the whole prompt, examples in it, nothing cached."""
+    v, p = model.tokenizer.vocab, model.prompter
+    codes = model.encode_images([i for e in examples for i in (e.input, e.output)])
+    ies = tuple(p.example(e.instruction, codes[2 * i], codes[2 * i + 1]) for i, e in enumerate(examples))
+    task = p.task(examples[0].instruction, model.encode_images([image])[0])
+    grid = model.config.vq.grid
+    shape = SlotShape(len(ies), max(map(len, ies)), model.config.num_xp_tokens, len(task) + grid * grid + 2)
+    key, answer = jax.random.fold_in(jax.random.key(seed), 0), [v.boi]
+    for i in range(grid * grid):
+        row = fill(Sample(ies, task, np.array(answer)), shape, bos=v.bos, pad=v.pad)
+        segments = (row.roles != 4).astype(int)
+        logits = model.logits(row.ids[None], row.roles[None], row.groups[None], row.positions[None], segments[None])
+        here = logits[0, shape.xp_end + len(task) + i, v.image_start : v.image_start + v.num_codes]
+        noise = gumbel(key[None], jnp.array([[1 + i]]), v.num_codes)[0, 0]
+        answer.append(int(choose(here, noise, Sampling())) + v.image_start)
+    return p.layout.decode([*answer, v.eoi], grid, grid)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_compiled_and_cached_is_the_masked_prompt(model, count):
+    examples, (image,) = [example(10 + i) for i in range(count)], images(1, 1)
+    want = model.decode_images(by_the_oracle(model, examples, image, seed=3)[None])
+    for decoding in ("sequential", "jacobi"):
+        assert same(model.generate(examples, [image], seed=3, decoding=decoding, window=5), want)
+
+
+def test_windows_draw_the_same_images(model):
+    task, inputs = model.compile([example(2)]), images(3, 3)
+    draw = lambda **kw: model.generate(task, inputs, num_images=5, top_k=20, guidance=1.5, **kw)  # noqa: E731
+    for seed in range(3):
+        want = draw(seed=seed, decoding="sequential")
+        assert len(want) == 15 and not same(want[:1], want[1:2])
+        for window in (2, 8, 32):
+            assert same(draw(seed=seed, window=window), want)
+
+
+def test_an_image_is_the_same_alone_and_in_a_batch(model):
+    task, inputs = model.compile([example(2)]), images(4, 17)
+    together = model.generate(task, inputs, seed=7)
+    assert same(model.generate(task, inputs[16:], seed=7), together[16:])
+    assert same(model.generate(task, inputs[4:6], seed=7), together[4:6])
+
+
+def test_mixed_tasks_in_one_batch(model):
+    tasks = [model.compile([example(5)]), model.compile([example(6, "add rain"), example(7)])]
+    inputs = images(8, 2)
+    mixed = model.generate(tasks, inputs, seed=1)
+    for i in range(2):
+        assert same(model.generate(tasks[i], inputs[i : i + 1], seed=1), mixed[i : i + 1])
+
+
+def test_joined_prompts_are_the_examples_together(model):
+    a, b = example(5), example(6, "a much longer instruction: add rain and paint the depth in grey")
+    joined = CompiledPrompt.join([model.compile([a]), model.compile([b])])
+    inputs = images(9, 2)
+    assert same(model.generate(joined, inputs, seed=1), model.generate([a, b], inputs, seed=1))
+
+
+def test_guidance_weights():
+    assert Guidance().weights() == {"full": 1.0}
+    assert Guidance(task=2.0).weights() == {"image": -1.0, "example": 1.0, "full": 1.0}
+    for g in (Guidance(1.5, 3.0, 1.2), Guidance(text=4.0), Guidance(image=0.0)):
+        assert sum(g.weights().values()) == pytest.approx(1)
+
+
+def test_guidance_moves_the_image(model):
+    task, inputs = model.compile([example(2)]), images(3, 1)
+    assert not same(model.generate(task, inputs, guidance=6.0), model.generate(task, inputs))
+
+
+def test_text_to_image_and_stream(model):
+    (image,) = model.text_to_image(["remove the rain"], seed=2)
+    assert image.size == (16, 16)
+    assert not same([image], model.text_to_image(["add rain"], seed=2))
+    task, inputs = model.compile([example(2)]), images(3, 2)
+    partial = list(model.stream(task, inputs, seed=4))
+    assert len(partial) == model.config.vq.grid
+    assert same(partial[-1], model.generate(task, inputs, seed=4))
+
+
+def test_describe_writes_words_only(model):
+    pair = [example(2)]
+    text = model.describe(pair, max_tokens=32, temperature=1.0, seed=1)
+    assert isinstance(text, str) and text == model.describe(pair, max_tokens=32, temperature=1.0, seed=1)
+    assert "IMGIMG" not in text and "<" not in model.tokenizer.decode(model.tokenizer.encode("a"))
+
+
+def test_sampling_is_the_softmax():
+    """A hundred thousand draws against the exact law, top-k and top-p included."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=8) * 2, jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 100_000)
+    noise = gumbel(keys, jnp.zeros((len(keys), 1), jnp.int32), 8)[:, 0]
+    for sampling in (Sampling(), Sampling(0.7), Sampling(top_k=3), Sampling(top_p=0.8)):
+        law = jax.nn.softmax(narrow(logits, sampling))
+        drawn = np.bincount(choose(jnp.broadcast_to(logits, noise.shape), noise, sampling), minlength=8)
+        kept = np.asarray(law) > 0
+        assert drawn[~kept].sum() == 0
+        expected = np.asarray(law)[kept] * len(keys)
+        assert np.sum((drawn[kept] - expected) ** 2 / expected) < 30  # chi-square, at most 7 degrees of freedom
+    assert (np.asarray(jax.nn.softmax(narrow(logits, Sampling(top_k=3)))) > 0).sum() == 3
+
+
+def test_compiled_prompt_file(model, tmp_path):
+    task = model.compile([example(2)])
+    path = tmp_path / "derain.xprompt"
+    task.save(path)
+    again = CompiledPrompt.load(path)
+    assert same(model.generate(again, images(3, 1)), model.generate(task, images(3, 1)))
+    assert again.instruction == "remove the rain" and len(again.thumbnails) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["derain.xprompt"]
+
+    other = XPrompt(Chameleon(TINY, jax.random.key(9)), model.vqgan, model.tokenizer, compute=FP32)
+    with pytest.raises(UserError, match="belongs to model"):
+        other.generate(again, images(3, 1))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="derain.xprompt: not a readable"):
+        CompiledPrompt.load(path)
+    with pytest.raises(UserError, match="no such file"):
+        CompiledPrompt.load(tmp_path / "none.xprompt")
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"decoding": "beam"}, "jacobi or sequential"), ({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p"),
+    ({"num_images": 0}, "num_images"), ({"inputs": []}, "at least one input"),
+])  # fmt: skip
+def test_bad_arguments(model, change, message):
+    with pytest.raises(UserError, match=message):
+        model.generate(**{"task": [example(2)], "inputs": images(3, 1), **change})
+
+
+def test_logits_checks_its_input(model):
+    ids = np.zeros((1, 5), int)
+    with pytest.raises(UserError, match="XP tokens"):
+        model.logits(ids, roles=np.full((1, 5), 2))
+    with pytest.raises(UserError, match="ids must be"):
+        model.logits(np.full((1, 5), 10_000))
+    assert model.logits(ids).shape == (1, 5, TINY.vocab_size) and model.logits(ids).dtype == jnp.float32

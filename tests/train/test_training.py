@@ -1,0 +1,204 @@
+"""Loss, step and loop: exact where they must be exact."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import FP32, TINY, random_rows
+from xprompt_jax.config import BucketConfig, Config, DataConfig, MeshConfig, OptimConfig, TrainConfig
+from xprompt_jax.errors import UserError
+from xprompt_jax.mesh import make_mesh, shard_batch
+from xprompt_jax.prompt import stack
+from xprompt_jax.train.loop import train
+from xprompt_jax.train.loss import cross_entropy, gather_answers
+from xprompt_jax.train.metrics import attention_pairs, read_metrics, row_flops
+from xprompt_jax.train.optim import make_optimizer, merge, schedule, split_trainable
+from xprompt_jax.train.state import init_state
+from xprompt_jax.train.step import make_train_step, shapes_of
+
+CONFIG = Config(
+    model=TINY,
+    compute=FP32,
+    mesh=MeshConfig(data=1, fsdp=-1, tensor=1),
+    data=DataConfig(buckets=(
+        BucketConfig("in_context", examples=1, context=8, todo=9, answer=9, rows=8),
+        BucketConfig("text_to_image", examples=0, context=0, todo=12, answer=12, rows=16),
+    )),
+    optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),
+    train=TrainConfig(steps=4, log_every=1, eval_every=2, eval_batches=2, save_every=2, loss_chunk=16),
+)  # fmt: skip
+
+
+def data(step, config=CONFIG):
+    shapes = shapes_of(config)
+    return {b.name: stack(random_rows(1000 * step + i, shapes[b.name], b.rows), b.answer) for i, b in enumerate(config.data.buckets)}
+
+
+def replace(config=CONFIG, **parts):
+    return dataclasses.replace(config, **{n: dataclasses.replace(getattr(config, n), **v) for n, v in parts.items()})
+
+
+def run_steps(config, devices, steps=3):
+    mesh = make_mesh(config.mesh, devices)
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    state, abstract = init_state(config, optimizer, mesh)
+    step = make_train_step(config, optimizer, jax.tree.map(lambda a: a.sharding, abstract))
+    history = []
+    with jax.set_mesh(mesh):
+        for i in range(steps):
+            state, metrics = step(state, shard_batch(data(i, config), mesh))
+            history.append(jax.device_get(metrics))
+    return jax.device_get(state), history
+
+
+def assert_close(a, b, atol=2e-5):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, atol=atol, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return run_steps(CONFIG, jax.devices()[:1])
+
+
+def test_chunked_loss_is_the_plain_loss():
+    keys = jax.random.split(jax.random.key(0), 3)
+    states, head = jax.random.normal(keys[0], (3, 7, 16)), jax.random.normal(keys[1], (16, 50))
+    labels, weights = jax.random.randint(keys[2], (3, 7), 0, 50), jnp.asarray(np.random.default_rng(0).integers(0, 2, (3, 7)), float)
+
+    def plain(states, head):
+        log_p = jax.nn.log_softmax(states @ head)
+        nll = -jnp.take_along_axis(log_p, labels[..., None], -1)[..., 0]
+        return jnp.sum(weights * nll) + 0.1 * jnp.sum(weights * jax.nn.logsumexp(states @ head, axis=-1) ** 2)
+
+    def chunked(states, head, chunk):
+        sums = cross_entropy(states, head, labels, weights, chunk=chunk)
+        return sums.loss + 0.1 * sums.z
+
+    want, want_grads = jax.value_and_grad(plain, (0, 1))(states, head)
+    for chunk in (1, 3, 7, 100):
+        got, grads = jax.value_and_grad(chunked, (0, 1))(states, head, chunk)
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+        assert_close(grads, want_grads)
+    sums = cross_entropy(states, head, labels, weights, chunk=3)
+    assert sums.weight == weights.sum()
+    assert sums.correct == jnp.sum(weights * (jnp.argmax(states @ head, -1) == labels))
+
+
+def test_rows_without_weight_give_no_gradient_and_no_nan():
+    states, head = jnp.ones((1, 4, 8)), jnp.ones((8, 5))
+    grads = jax.grad(lambda s: cross_entropy(s, head, jnp.zeros((1, 4), int), jnp.zeros((1, 4)), chunk=2).loss)(states)
+    assert (grads == 0).all()
+
+
+def test_answers_are_predicted_from_the_slot_before():
+    shape = shapes_of(CONFIG)["in_context"]
+    rows = random_rows(0, shape, 2)
+    batch = stack(rows, 9)
+    hidden = np.arange(shape.length, dtype=np.float32)[None, :, None] * np.ones((2, 1, 1), np.float32)
+    states, labels = gather_answers(hidden, batch)
+    for b, row in enumerate(rows):
+        (where,) = np.nonzero(row.weights)
+        assert states[b, : len(where), 0].tolist() == (where - 1).tolist()
+        assert labels[b, : len(where)].tolist() == row.ids[where].tolist()
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(2, 4, 1), MeshConfig(1, 2, 4), MeshConfig(8, 1, 1)], ids=str)
+def test_eight_devices_are_one(one_device, mesh):
+    state, history = run_steps(dataclasses.replace(CONFIG, mesh=mesh), None)
+    assert_close(history, one_device[1])
+    assert_close(state.params, one_device[0].params, atol=2e-3)  # Adam turns rounding of near-zero gradients into steps
+
+
+def test_microbatches_are_one_batch(one_device):
+    state, history = run_steps(replace(train={"accumulate": 4}), jax.devices()[:1])
+    assert_close(history, one_device[1])
+    assert_close(state.params, one_device[0].params, atol=2e-3)
+
+
+def test_rows_must_divide_into_microbatches():
+    with pytest.raises(UserError, match="train.accumulate 3"):
+        run_steps(replace(train={"accumulate": 3}), jax.devices()[:1])
+
+
+@pytest.mark.parametrize("rule, names", [("xp", {"xp"}), ("image_head", {"head.image"})])
+def test_frozen_parameters_stay_and_cost_nothing(rule, names):
+    config = replace(optim={"trainable": rule})
+    state, _ = run_steps(config, jax.devices()[:1], steps=2)
+    fresh, _ = run_steps(config, jax.devices()[:1], steps=0)
+    start = merge(fresh.params, fresh.frozen)
+    end = merge(state.params, state.frozen)
+    assert set(state.params) == names
+    size = sum(v.size for v in state.params.values())
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim) == 2 * size
+    changed = {name for name in start if not np.array_equal(start[name], end[name])}
+    assert changed == {"xp" if rule == "xp" else "head"}
+    if rule == "image_head":
+        outside = np.delete(end["head"] - np.asarray(start["head"]), np.arange(4, 36), axis=1)
+        assert (outside == 0).all()
+    assert set(merge(*split_trainable(start, config))) == set(start)
+
+
+def test_loop_resumes_exactly_and_onto_another_mesh(tmp_path):
+    whole = train(CONFIG, tmp_path / "whole", data, eval_data=data, progress=False)
+    # Stopped by SIGTERM in the middle: saves, returns early, and goes on from there.
+    def interrupted(step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return data(step)
+
+    stopped = train(CONFIG, tmp_path / "parts", interrupted, eval_data=data, progress=False)
+    assert 1 <= stopped.step < 4
+    resumed = train(CONFIG, tmp_path / "parts", data, eval_data=data, progress=False)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(a, b)
+    lines = read_metrics(tmp_path / "parts")
+    assert [m["step"] for m in lines if "loss" in m] == [1, 2, 3, 4]
+    assert {"eval/loss", "eval/accuracy"} <= set(next(m for m in lines if "eval/loss" in m))
+    assert list((tmp_path / "parts" / "tensorboard").iterdir())
+
+    longer = replace(dataclasses.replace(CONFIG, mesh=MeshConfig(2, 2, 2)), train={"steps": 5})
+    moved = train(longer, tmp_path / "parts", data, progress=False)
+    assert moved.step == 5
+    assert len(moved.params["embed"].sharding.device_set) == 8
+
+
+def test_another_model_is_not_resumed(tmp_path):
+    train(replace(train={"steps": 1}), tmp_path, data, progress=False)
+    with pytest.raises(UserError, match="other model settings"):
+        train(replace(model={"norm_eps": 1e-6}), tmp_path, data, progress=False)
+
+
+def test_divergence_stops_the_run_and_is_not_saved(tmp_path):
+    config = replace(optim={"learning_rate": 1e30, "warmup_steps": 0}, train={"steps": 6})
+    with pytest.raises(UserError, match="diverged"):
+        train(config, tmp_path, data, progress=False)
+    assert read_metrics(tmp_path)[0]["step"] == 1
+
+
+def test_schedule_shapes():
+    rates = {s: schedule(dataclasses.replace(CONFIG.optim, schedule=s, final_fraction=0.1), 100) for s in ("cosine", "linear", "constant")}
+    for name, rate in rates.items():
+        assert rate(0) == 0 and rate(2) == pytest.approx(1e-2)
+        assert rate(99) == pytest.approx(1e-2 if name == "constant" else 1e-3, rel=0.1)
+
+
+def test_flops_count_the_real_mask():
+    shape = shapes_of(CONFIG)["in_context"]
+    assert attention_pairs(shape) < shape.length**2 / 2
+    seven = Config()
+    bucket = seven.data.buckets[0]
+    shape = shapes_of(seven)["in_context"]
+    flops = row_flops(seven.model, shape, bucket.answer)
+    assert flops == pytest.approx(6 * 6.476e9 * shape.length, rel=0.15)
+
+
+def test_config_is_written(tmp_path):
+    train(replace(train={"steps": 1}), tmp_path, data, progress=False)
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 1

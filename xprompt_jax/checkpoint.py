@@ -1,0 +1,109 @@
+"""Checkpoints: the only importer of Orbax.
+
+A run's folder:  checkpoints/<step>/   the whole training state, written in the background, renamed when complete
+A model's folder: params/              a flat dictionary of arrays (sample/pretrained.py)
+
+Both are restored by the shapes and shardings of the target, so a checkpoint moves to any other mesh.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+from orbax.checkpoint.experimental import v1 as ocp
+
+from xprompt_jax.errors import UserError
+
+State = TypeVar("State")
+
+# Orbax and its friends report every step of every save on the root logger.
+for _name in ("absl", "orbax"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
+
+
+class Checkpoints:
+    """The checkpoints of one run; the newest `keep` are kept."""
+
+    def __init__(self, folder: str | Path, *, keep: int = 3):
+        self.folder = Path(folder).absolute()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"{self.folder}: cannot write: {e.strerror}; choose another --workdir") from None
+        self._checkpointer = ocp.training.Checkpointer(
+            str(self.folder), preservation_policy=ocp.training.preservation_policies.LatestN(keep), cleanup_tmp_directories=True
+        )
+
+    def latest(self) -> int | None:
+        """The newest complete step, or None."""
+        newest = self._checkpointer.latest
+        return None if newest is None else int(newest.step)
+
+    def save(self, step: int, state: Any) -> None:
+        """Starts to write a state (a pytree of arrays) in the background; waits for the save before it.
+
+        Raises:
+          UserError: the disk is full or cannot be written.
+        """
+        try:
+            self._checkpointer.wait()
+            self._checkpointer.save_async(step, state, force=True, overwrite=True)
+        except OSError as e:
+            raise _cannot_write(self.folder, e) from None
+
+    def restore(self, step: int, like: State) -> State:
+        """Loads a step into the shapes, types and shardings of `like` (a pytree of ShapeDtypeStruct)."""
+        return self._checkpointer.load(step, jax.tree.map(_placed, like))
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more."""
+        try:
+            self._checkpointer.wait()
+        except OSError as e:
+            raise _cannot_write(self.folder, e) from None
+
+    def close(self) -> None:
+        """Waits, then lets go of the folder."""
+        self.wait()
+        self._checkpointer.close()
+
+
+def save_params(folder: str | Path, params: Mapping[str, jax.Array]) -> None:
+    """Writes a flat dictionary of arrays; `folder` must not exist yet."""
+    try:
+        ocp.save(str(Path(folder).absolute()), dict(params))
+    except OSError as e:
+        raise _cannot_write(folder, e) from None
+
+
+def load_params(folder: str | Path, like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Reads what `save_params` wrote into the types and shardings of `like`.
+
+    Raises:
+      UserError: the folder is no checkpoint, or has other parameters than `like`.
+    """
+    folder = Path(folder).absolute()
+    if not ocp.is_orbax_checkpoint(str(folder)):
+        raise UserError(f"{folder}: not a complete checkpoint; copy or convert the model again")
+    stored = ocp.metadata(str(folder)).metadata
+    for name, target in like.items():
+        if name not in stored:
+            raise UserError(f"{folder}: no parameter {name}; the weights do not belong to this config.json")
+        if tuple(stored[name].shape) != tuple(target.shape):
+            raise UserError(f"{folder}: {name} has shape {tuple(stored[name].shape)}, config.json asks for {tuple(target.shape)}")
+    whole = {name: _placed(like[name]) if name in like else ocp.PLACEHOLDER for name in stored}
+    return {name: value for name, value in ocp.load(str(folder), whole).items() if name in like}
+
+
+def _placed(target: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The target on the first device where it names no sharding."""
+    sharding = target.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(target.shape, target.dtype, sharding=sharding)
+
+
+def _cannot_write(folder: str | Path, error: OSError) -> UserError:
+    return UserError(f"{folder}: cannot write the checkpoint: {error.strerror or error}; free space or choose another place")

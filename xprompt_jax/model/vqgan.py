@@ -1,0 +1,218 @@
+"""The VQGAN image tokenizer: pixels <-> a grid of codes (facts: chameleon.md 2).
+
+    encode:  [B, h, w, 3] in [-1, 1]  ->  encoder, quant_conv  ->  nearest codebook row  ->  int32 [B, h/f, w/f]
+    decode:  codes  ->  codebook rows, post_quant_conv, decoder  ->  [B, h, w, 3], about [-1, 1], not clamped
+
+Parameter paths follow Meta's checkpoint (encoder.down.0.block.0.conv1 ...); kernels are [height, width, in, out]. The
+tokenizer runs in float32: in 16 bits, codes flip.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xprompt_jax.config import VQConfig
+from xprompt_jax.errors import UserError
+
+_EPS = 1e-6
+
+
+class Conv(nnx.Module):
+    """A convolution, channels last."""
+
+    def __init__(self, key: jax.Array, inputs: int, outputs: int, size: int = 3, *, stride: int = 1):
+        std = (inputs * size * size) ** -0.5
+        self.weight = nnx.Param(std * jax.random.normal(key, (size, size, inputs, outputs)))
+        self.bias = nnx.Param(jnp.zeros(outputs))
+        self.stride, self.pad = stride, size // 2
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # A stride of 2 pads right and below only (trap 12).
+        padding = [(0, 1)] * 2 if self.stride == 2 else [(self.pad, self.pad)] * 2
+        y = jax.lax.conv_general_dilated(
+            x, self.weight[...], (self.stride, self.stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=jax.lax.Precision.HIGHEST,
+        )  # fmt: skip
+        return y + self.bias[...]
+
+
+class Norm(nnx.Module):
+    """GroupNorm of 32 groups (fewer where there are fewer channels)."""
+
+    def __init__(self, channels: int):
+        self.weight, self.bias = nnx.Param(jnp.ones(channels)), nnx.Param(jnp.zeros(channels))
+        self.groups = min(32, channels)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        g = x.reshape(*x.shape[:3], self.groups, -1)
+        mean = jnp.mean(g, axis=(1, 2, 4), keepdims=True)
+        variance = jnp.mean((g - mean) ** 2, axis=(1, 2, 4), keepdims=True)
+        return ((g - mean) * jax.lax.rsqrt(variance + _EPS)).reshape(x.shape) * self.weight[...] + self.bias[...]
+
+
+class ResBlock(nnx.Module):
+    """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1x1 convolution on x where the channels change."""
+
+    def __init__(self, key: jax.Array, inputs: int, outputs: int):
+        keys = jax.random.split(key, 3)
+        self.norm1, self.conv1 = Norm(inputs), Conv(keys[0], inputs, outputs)
+        self.norm2, self.conv2 = Norm(outputs), Conv(keys[1], outputs, outputs)
+        if inputs != outputs:
+            self.nin_shortcut = Conv(keys[2], inputs, outputs, 1)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = self.conv1(jax.nn.silu(self.norm1(x)))
+        h = self.conv2(jax.nn.silu(self.norm2(h)))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+
+
+class AttentionBlock(nnx.Module):
+    """Single-head attention over all places, plus x."""
+
+    def __init__(self, key: jax.Array, channels: int):
+        keys = jax.random.split(key, 4)
+        self.norm = Norm(channels)
+        self.q, self.k, self.v, self.proj_out = (Conv(k, channels, channels, 1) for k in keys)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = self.norm(x)
+        q, k, v = (f(h).reshape(x.shape[0], -1, x.shape[3]) for f in (self.q, self.k, self.v))
+        scores = jnp.einsum("bqc,bkc->bqk", q, k, precision="highest") * x.shape[3] ** -0.5
+        h = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(scores, axis=-1), v, precision="highest")
+        return x + self.proj_out(h.reshape(x.shape))
+
+
+class Middle(nnx.Module):
+    """Residual, attention, residual."""
+
+    def __init__(self, key: jax.Array, channels: int):
+        keys = jax.random.split(key, 3)
+        self.block_1 = ResBlock(keys[0], channels, channels)
+        self.attn_1 = AttentionBlock(keys[1], channels)
+        self.block_2 = ResBlock(keys[2], channels, channels)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Resample(nnx.Module):
+    """Half or double the resolution: one convolution, of stride 2 or after nearest-neighbour doubling."""
+
+    def __init__(self, key: jax.Array, channels: int, *, up: bool):
+        self.conv = Conv(key, channels, channels, stride=1 if up else 2)
+        self.up = up
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2) if self.up else x)
+
+
+class Level(nnx.Module):
+    """Residual blocks at one resolution, then a change of resolution (absent at the last)."""
+
+    def __init__(self, key: jax.Array, inputs: int, outputs: int, blocks: int, resample: str | None):
+        keys = jax.random.split(key, blocks + 1)
+        self.block = nnx.List([ResBlock(k, inputs if i == 0 else outputs, outputs) for i, k in enumerate(keys[1:])])
+        if resample is not None:
+            setattr(self, resample, Resample(keys[0], outputs, up=resample == "upsample"))
+        self.resample = resample
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for block in self.block:
+            x = block(x)
+        return x if self.resample is None else getattr(self, self.resample)(x)
+
+
+class Encoder(nnx.Module):
+    """Pixels to latents."""
+
+    def __init__(self, c: VQConfig, key: jax.Array):
+        widths = [c.channels * m for m in c.channel_multipliers]
+        keys = jax.random.split(key, len(widths) + 3)
+        self.conv_in = Conv(keys[0], 3, c.channels)
+        inputs = [c.channels, *widths[:-1]]
+        last = len(widths) - 1
+        self.down = nnx.List([
+            Level(keys[3 + i], a, b, c.num_res_blocks, "downsample" if i < last else None)
+            for i, (a, b) in enumerate(zip(inputs, widths, strict=True))
+        ])  # fmt: skip
+        self.mid = Middle(keys[1], widths[-1])
+        self.norm_out, self.conv_out = Norm(widths[-1]), Conv(keys[2], widths[-1], c.latent_channels)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(jax.nn.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nnx.Module):
+    """Latents to pixels; `up` is stored from fine to coarse and runs from its end (trap 12)."""
+
+    def __init__(self, c: VQConfig, key: jax.Array):
+        widths = [c.channels * m for m in c.channel_multipliers]
+        keys = jax.random.split(key, len(widths) + 3)
+        self.conv_in = Conv(keys[0], c.latent_channels, widths[-1])
+        self.mid = Middle(keys[1], widths[-1])
+        inputs = [*widths[1:], widths[-1]]
+        self.up = nnx.List([
+            Level(keys[3 + i], a, b, c.num_res_blocks + 1, "upsample" if i > 0 else None)
+            for i, (a, b) in enumerate(zip(inputs, widths, strict=True))
+        ])  # fmt: skip
+        self.norm_out, self.conv_out = Norm(widths[0]), Conv(keys[2], widths[0], 3)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.mid(self.conv_in(x))
+        for level in reversed(list(self.up)):
+            x = level(x)
+        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+
+
+class Codebook(nnx.Module):
+    """The rows that codes stand for."""
+
+    def __init__(self, c: VQConfig, key: jax.Array):
+        self.embedding = nnx.Param(jax.random.uniform(key, (c.num_codes, c.embed_dim), minval=-1 / c.num_codes, maxval=1 / c.num_codes))
+
+
+class VQGAN(nnx.Module):
+    """Encoder, codebook and decoder; parameters in float32."""
+
+    def __init__(self, config: VQConfig, key: jax.Array):
+        keys = jax.random.split(key, 5)
+        self.config = config
+        self.encoder, self.decoder = Encoder(config, keys[0]), Decoder(config, keys[1])
+        self.quantize = Codebook(config, keys[2])
+        self.quant_conv = Conv(keys[3], config.latent_channels, config.embed_dim, 1)
+        self.post_quant_conv = Conv(keys[4], config.embed_dim, config.latent_channels, 1)
+
+    def encode(self, pixels: jax.Array) -> jax.Array:
+        """float32 [B, h, w, 3] in [-1, 1] -> int32 [B, h/f, w/f] codes.
+
+        Raises:
+          UserError: h or w is not a multiple of the downsampling factor f.
+        """
+        return self.nearest(self.encode_latent(pixels))
+
+    def encode_latent(self, pixels: jax.Array) -> jax.Array:
+        """[B, h, w, 3] -> [B, h/f, w/f, C], before quantisation."""
+        f = self.config.downsample
+        if pixels.shape[1] % f or pixels.shape[2] % f:
+            raise UserError(f"an image of {pixels.shape[2]} x {pixels.shape[1]} pixels: both sides must be multiples of {f}")
+        return self.quant_conv(self.encoder(pixels))
+
+    def nearest(self, latent: jax.Array) -> jax.Array:
+        """[..., C] -> int32 [...]: the nearest codebook row; the lowest index wins a tie."""
+        book = self.quantize.embedding[...]
+        product = jnp.einsum("...c,nc->...n", latent, book, precision="highest")
+        # |h|^2 is the same for all rows and does not move the minimum.
+        return jnp.argmin(jnp.sum(book * book, axis=-1) - 2 * product, axis=-1).astype(jnp.int32)
+
+    def decode(self, codes: jax.Array) -> jax.Array:
+        """int32 [B, rows, columns] -> float32 [B, rows*f, columns*f, 3]."""
+        return self.decode_latent(self.quantize.embedding[...][codes])
+
+    def decode_latent(self, latent: jax.Array) -> jax.Array:
+        """[B, rows, columns, C] quantised latents -> pixels."""
+        return self.decoder(self.post_quant_conv(latent))

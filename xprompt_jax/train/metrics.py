@@ -1,0 +1,107 @@
+"""Where numbers of a run go (JSONL, TensorBoard, wandb, the terminal), and how much arithmetic a step really is."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import tensorboardX
+
+from xprompt_jax.config import Config, ModelConfig
+from xprompt_jax.errors import UserError
+from xprompt_jax.prompt import SlotShape
+
+log = logging.getLogger(__name__)
+
+# Dense bf16 peak of one device in FLOP/s, by a part of jax's device_kind (vendors' data sheets; facts: frameworks.md 3.9).
+PEAK_FLOPS = {
+    "H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12,
+    "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6": 918e12,
+}  # fmt: skip
+
+
+def peak_flops() -> float | None:
+    """Peak of this machine's device; None where it is unknown (a CPU)."""
+    kind = jax.devices()[0].device_kind
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
+
+
+def attention_pairs(shape: SlotShape) -> float:
+    """(query, key) pairs that the XP mask lets through in a full row; a plain causal row of L has L^2 / 2."""
+    context, xp, examples = 1 + shape.context, shape.xp, shape.examples
+    example = context**2 / 2 + xp * (context + xp / 2)
+    return examples * example + (1 + examples * xp + shape.todo) ** 2 / 2
+
+
+def row_flops(model: ModelConfig, shape: SlotShape, answers: int) -> float:
+    """Floating-point operations of one training row, forward and backward, without recomputation.
+
+    Matrix products cost 6 per parameter and token, attention 12 H K per pair; the head sees the answer tokens alone.
+    """
+    heads = model.num_heads + model.num_kv_heads
+    layer = 2 * model.dim * model.head_dim * heads + 3 * model.dim * model.ffn_dim
+    products = 6 * (model.num_layers * layer * shape.length + model.dim * model.vocab_size * answers)
+    return products + 12 * model.num_layers * model.num_heads * model.head_dim * attention_pairs(shape)
+
+
+def step_flops(config: Config) -> float:
+    """Floating-point operations of one step over all devices."""
+    shapes = {b.name: SlotShape.of(b, config.model.num_xp_tokens, config.data.mode) for b in config.data.buckets}
+    return sum(b.rows * row_flops(config.model, shapes[b.name], b.answer) for b in config.data.buckets)
+
+
+class MetricWriter:
+    """Writes scalars and pictures of a run into its folder; only the first process does.
+
+    metrics.jsonl holds one object per line; on resuming, lines of steps that will be done again are dropped.
+    """
+
+    def __init__(self, workdir: Path, *, resume_step: int, wandb_project: str | None = None, run_config: Mapping[str, Any] | None = None):
+        self._on = jax.process_index() == 0
+        self._wandb: Any = None
+        if not self._on:
+            return
+        path = workdir / "metrics.jsonl"
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= resume_step] if path.exists() else []
+        path.write_text("".join(line + "\n" for line in kept))
+        self._jsonl = path.open("a")
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+        if wandb_project:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("train.wandb_project is set, but wandb is not installed: pip install 'xprompt-jax[wandb]'") from None
+            self._wandb = wandb.init(project=wandb_project, dir=str(workdir), config=dict(run_config or {}), resume="allow")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl and one point of every curve."""
+        if not self._on:
+            return
+        self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
+        self._jsonl.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(dict(values), step=step)
+
+    def image(self, step: int, name: str, picture: Any) -> None:
+        """A uint8 [h, w, 3] picture in TensorBoard."""
+        if self._on:
+            self._board.add_image(name, picture, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flushes everything."""
+        if self._on:
+            self._jsonl.close()
+            self._board.close()
+            if self._wandb:
+                self._wandb.finish()
+
+
+def read_metrics(workdir: str | Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,79 @@
+"""The training state: plain arrays in flat dictionaries, born sharded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from xprompt_jax.config import Config
+from xprompt_jax.mesh import sharding_for
+from xprompt_jax.model.chameleon import Chameleon
+from xprompt_jax.model.params import flatten, logical_axes
+from xprompt_jax.train.optim import IMAGE_HEAD, Params, split_trainable
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything a run needs to go on."""
+
+    params: Params
+    """Trainable parameters, float32 masters."""
+    frozen: Params
+    """The rest of the model; no gradient, no optimizer state."""
+    opt_state: Any
+    ema: Params
+    """Moving average of `params`; empty when it is off."""
+    step: jax.Array
+    """int32, finished steps."""
+
+
+def make_state(config: Config, optimizer: optax.GradientTransformation, key: jax.Array, initial: Params | None = None) -> TrainState:
+    """A new state, from random weights or from `initial` (a flat dictionary of the whole decoder)."""
+    params = flatten(Chameleon(config.model, key)) if initial is None else initial
+    trainable, frozen = split_trainable({n: v.astype(jnp.float32) for n, v in params.items()}, config)
+    ema = trainable if config.optim.ema_decay else {}
+    return TrainState(trainable, frozen, optimizer.init(trainable), dict(ema), jnp.zeros((), jnp.int32))
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """The sharding of every leaf: optimizer moments lie like the parameter they belong to, scalars everywhere."""
+
+    def place(path, leaf) -> NamedSharding:
+        name = next((k.key for k in reversed(path) if isinstance(k, jax.tree_util.DictKey) and _known(k.key)), None)
+        if name is None or leaf.ndim == 0:
+            return NamedSharding(mesh, PartitionSpec())
+        return sharding_for(mesh, logical_axes("head" if name == IMAGE_HEAD else name), leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _known(name: Any) -> bool:
+    try:
+        logical_axes("head" if name == IMAGE_HEAD else name)
+    except KeyError:
+        return False
+    return True
+
+
+def init_state(
+    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, initial: Params | None = None
+) -> tuple[TrainState, TrainState]:
+    """A new state on the mesh, and its abstract form (shapes, types, shardings) for restoring.
+
+    Every array is made where it lives: no device ever holds the whole model.
+    """
+    make: Callable[..., TrainState] = lambda key, initial: make_state(config, optimizer, key, initial)  # noqa: E731
+    key = jax.random.key(config.train.seed)
+    shapes = jax.eval_shape(make, key, initial)
+    shardings = state_shardings(shapes, mesh)
+    with jax.set_mesh(mesh):
+        state = jax.jit(make, out_shardings=shardings)(key, initial)
+    abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, shardings)
+    return state, abstract

@@ -1,0 +1,114 @@
+"""One training step: buckets and microbatches summed, divided once, applied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from xprompt_jax.config import Config
+from xprompt_jax.errors import UserError
+from xprompt_jax.model.chameleon import abstract_model
+from xprompt_jax.model.params import unflatten
+from xprompt_jax.prompt import SlotShape
+from xprompt_jax.train.loss import Sums, cross_entropy, gather_answers
+from xprompt_jax.train.optim import Params, merge, schedule
+from xprompt_jax.train.state import TrainState
+
+Batches = Mapping[str, Mapping[str, jax.Array]]
+"""Bucket name -> batch, as `prompt.stack` makes it."""
+
+
+def shapes_of(config: Config) -> dict[str, SlotShape]:
+    """The slot shape of every bucket of a run."""
+    return {b.name: SlotShape.of(b, config.model.num_xp_tokens, config.data.mode) for b in config.data.buckets}
+
+
+def _bucket_sums(config: Config, params: Params, batch, shape: SlotShape, shards: int, key: jax.Array | None) -> Sums:
+    model = unflatten(abstract_model(config.model), params)
+    hidden = model.hidden(
+        batch["ids"], batch["positions"], shape, batch["example_lengths"], config.compute, rate=config.train.dropout, key=key
+    )
+    states, labels = gather_answers(hidden, batch)
+    chunk = max(1, config.train.loss_chunk * shards // states.shape[0])
+    return cross_entropy(states, params["head"], labels, batch["weights"], chunk=chunk)
+
+
+def _metrics(config: Config, sums: Mapping[str, Sums]) -> dict[str, jax.Array]:
+    total = jax.tree.map(lambda *s: sum(s), *sums.values())
+    weight = jnp.maximum(total.weight, 1.0)
+    per_bucket = {f"loss/{name}": s.loss / jnp.maximum(s.weight, 1.0) for name, s in sums.items()} if len(sums) > 1 else {}
+    return {
+        "loss": total.loss / weight,
+        "z_loss": config.train.z_loss * total.z / weight,
+        "accuracy": total.correct / weight,
+        "tokens": total.weight,
+        **per_bucket,
+    }
+
+
+def make_train_step(config: Config, optimizer: optax.GradientTransformation, shardings: TrainState | None = None) -> Callable:
+    """The compiled step: (state, batches) -> (state, metrics). The old state's memory is reused.
+
+    Raises:
+      UserError: a bucket's rows are not a multiple of `train.accumulate`.
+    """
+    shapes, parts = shapes_of(config), config.train.accumulate
+    for bucket in config.data.buckets:
+        if bucket.rows % parts:
+            raise UserError(f"bucket {bucket.name!r} has {bucket.rows} rows, not a multiple of train.accumulate {parts}")
+    rate = schedule(config.optim, config.train.steps)
+    shards = 1
+    if shardings is not None:
+        mesh = shardings.step.mesh
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def loss(trainable: Params, frozen: Params, batches: Batches, key, total_weight: jax.Array):
+        params = merge(trainable, frozen)
+        keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True)) if config.train.dropout else {}
+        sums = {name: _bucket_sums(config, params, batches[name], shapes[name], shards, keys.get(name)) for name in shapes}
+        return sum(s.loss + config.train.z_loss * s.z for s in sums.values()) / total_weight, sums
+
+    def gradient(state: TrainState, batches: Batches) -> tuple[Params, dict[str, Sums]]:
+        key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+        weight = jnp.maximum(sum(jnp.sum(batches[name]["weights"]) for name in shapes), 1.0)
+        grad = jax.grad(loss, has_aux=True)
+        if parts == 1:
+            return grad(state.params, state.frozen, batches, key, weight)
+        # Strided, so that every device keeps rows of every microbatch.
+        micro = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(len(a) // parts, parts, *a.shape[1:]), 0, 1), batches)
+
+        def body(total, part):
+            i, batches = part
+            new = grad(state.params, state.frozen, batches, jax.random.fold_in(key, i), weight)
+            return jax.tree.map(jnp.add, total, new), None
+
+        first = jax.tree.map(lambda a: a[0], micro)
+        shapes_only = jax.eval_shape(grad, state.params, state.frozen, first, key, weight)
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes_only)
+        return jax.lax.scan(body, zero, (jnp.arange(parts), micro))[0]
+
+    def step(state: TrainState, batches: Batches) -> tuple[TrainState, dict[str, Any]]:
+        grads, sums = gradient(state, batches)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = config.optim.ema_decay
+        ema = {name: decay * state.ema[name] + (1 - decay) * params[name] for name in state.ema}
+        metrics = _metrics(config, sums) | {"grad_norm": optax.tree.norm(grads), "learning_rate": rate(state.step)}
+        return TrainState(params, state.frozen, opt_state, ema, state.step + 1), metrics
+
+    return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+
+
+def make_eval_step(config: Config) -> Callable:
+    """The compiled measurement without dropout: (state, batches) -> metrics, on the averaged weights where they exist."""
+    shapes = shapes_of(config)
+
+    def step(state: TrainState, batches: Batches) -> dict[str, jax.Array]:
+        params = merge(state.ema or state.params, state.frozen)
+        return _metrics(config, {name: _bucket_sums(config, params, batches[name], shapes[name], 1, None) for name in shapes})
+
+    return jax.jit(step)

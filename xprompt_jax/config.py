@@ -115,6 +115,8 @@ class BucketConfig:
     """Most tokens of a row that carry loss."""
     rows: int
     """Rows of this bucket in every step, over all hosts."""
+    kind: Literal["image", "describe", "text_to_image"] = "image"
+    """What is asked for: an output image, the difference of the example pair in words, or an image of a caption."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,8 @@ class DataConfig:
     """Folder written by `xprompt tokenize`: token records, and the pair and caption tables that refer to them."""
     buckets: tuple[BucketConfig, ...] = (
         BucketConfig("in_context", examples=1, context=2304, todo=2304, answer=1027, rows=768),
-        BucketConfig("describe", examples=1, context=2304, todo=512, answer=448, rows=128),
-        BucketConfig("text_to_image", examples=0, context=0, todo=1536, answer=1027, rows=128),
+        BucketConfig("describe", examples=1, context=2304, todo=512, answer=448, rows=128, kind="describe"),
+        BucketConfig("text_to_image", examples=0, context=0, todo=1536, answer=1027, rows=128, kind="text_to_image"),
     )
     mode: Literal["xprompt", "causal", "none"] = "xprompt"
     """xprompt: the paper's mask. causal: the example stays visible (the paper's baseline). none: no example."""
@@ -137,6 +139,8 @@ class DataConfig:
     """Also train every pair backwards (output to input)."""
     same_scene_partner: bool = False
     """Allow the example to share its source image with the query."""
+    generic_instruction: float = 0.2
+    """Fraction of image rows whose instruction only says to do what the example shows."""
     drop_example: float = 0.0
     """Fraction of in-context rows that lose their example, for guidance without it."""
     seed: int = 0

@@ -34,7 +34,7 @@ FLOOR_COLORS: dict[str, tuple[float, float, float]] = {
 }  # fmt: skip
 FLOOR_KINDS = ("plain", "checkered", "striped", "tiled")
 MATERIALS = ("matte", "shiny", "checkered", "striped")
-SIZES = {"small": (0.38, 0.44), "large": (0.60, 0.68)}  # metres, half the height of most solids
+SIZES = {"small": (0.38, 0.44), "large": (0.58, 0.64)}  # metres, half the height of most solids
 LARGE = 0.52  # from here on an object is called large
 DIRECTIONS = {"left": -np.pi / 2, "front": np.pi, "right": np.pi / 2, "back": 0.0}  # azimuth the light comes from, 0 is +z
 
@@ -58,11 +58,11 @@ def _box(half: float, top: float) -> list[tuple]:
 _FLAT = [(0, 1, 0, 1), (0, -1, 0, 1)]
 _SOLIDS: dict[str, tuple[tuple, list[tuple]]] = {
     "sphere": ((1, 1, 1, 0, -1), []),
-    "cube": (_ALL, _box(0.8, 0.6)),
+    "cube": (_ALL, _box(0.75, 0.5)),
     "cylinder": ((1, 0, 1, 0, -0.64), _FLAT),
     "cone": ((1, -0.25, 1, 0.5, -0.25), _FLAT),
-    "dome": ((1, 1, 1, 2, -0.25), [(0, -1, 0, 1)]),  # radius sqrt(1.25), cut at its equator
-    "pyramid": (_ALL, [(2, 0.9, 0, 0.9), (-2, 0.9, 0, 0.9), (0, 0.9, 2, 0.9), (0, 0.9, -2, 0.9), (0, -1, 0, 1)]),
+    "dome": ((1, 0.45, 1, 0.9, -0.55), [(0, -1, 0, 1)]),  # half an egg, centred on the floor
+    "pyramid": (_ALL, [(8 / 3, 1, 0, 1), (-8 / 3, 1, 0, 1), (0, 1, 8 / 3, 1), (0, 1, -8 / 3, 1), (0, -1, 0, 1)]),
 }
 SHAPES = tuple(_SOLIDS)
 CLASSES = ("sky", "floor", *SHAPES)
@@ -73,8 +73,9 @@ _COLOR_TABLE = np.array(list(COLORS.values()), np.float32)
 _FLOOR_TABLE = np.array(list(FLOOR_COLORS.values()), np.float32)
 _SKY_TABLE = np.array(list(SKIES.values()), np.float32)
 
-# Where objects stand (x, z): a near row, a far pair and one place between; no two solids can touch.
-PLACES = np.array([(0.0, 2.9), (-1.4, 3.0), (1.4, 3.0), (-0.75, 4.7), (0.95, 4.7), (2.55, 4.8)], np.float32)
+# Where objects stand (x, z): three near and three far. No solid reaches beyond 1.07 sizes, so no two of them touch.
+PLACES = np.array([(0.0, 2.55), (-1.45, 2.7), (1.45, 2.7), (-0.7, 4.2), (0.8, 4.2), (2.3, 4.3)], np.float32)
+JITTER = np.array([0.04, 0.12], np.float32)
 
 
 class Scene(NamedTuple):
@@ -128,7 +129,7 @@ def sample_scene(key: jax.Array, min_objects: int = 2, max_objects: int = 4) -> 
         color=jax.random.permutation(next(keys), len(COLORS))[:m],
         material=choice(MATERIALS, (m,)),
         size=jnp.where(large, uniform(*SIZES["large"], (m,)), uniform(*SIZES["small"], (m,))),
-        position=places + uniform(-0.06, 0.06, (m, 2)),
+        position=places + uniform(-1, 1, (m, 2)) * JITTER,
         yaw=uniform(0, 2 * np.pi, (m,)),
         floor_kind=choice(FLOOR_KINDS),
         floor_color=choice(FLOOR_COLORS),
@@ -137,7 +138,7 @@ def sample_scene(key: jax.Array, min_objects: int = 2, max_objects: int = 4) -> 
         light_elevation=uniform(0.7, 1.0),
         warmth=jnp.array([-0.9, 0.0, 0.9])[choice(range(3))] + uniform(-0.1, 0.1),
         ambient=uniform(0.9, 1.1),
-        camera=jnp.stack([uniform(1.9, 2.2), uniform(0.30, 0.36), uniform(1.7, 1.9)]),
+        camera=jnp.stack([uniform(1.9, 2.2), uniform(0.30, 0.36), uniform(1.5, 1.65)]),
     )
 
 

@@ -1,0 +1,166 @@
+"""From the token store to batches: episodes composed on the fly, a pure function of (seed, step).
+
+    store.pairs x {forward, reverse}  ->  shuffled, repeated  ->  episode (query, partner, direction)  ->  slots  ->  batch
+
+The only importer of Grain. Nothing is packed and nothing is stateful, so batch `step` can be made at any time on any
+host; the rows of a step are the same set on 1, 2 or 4 hosts, and resuming is calling with another number.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+
+import grain
+import numpy as np
+
+from xprompt_jax.config import BucketConfig, DataConfig
+from xprompt_jax.data.tokenise import Pair, Store
+from xprompt_jax.errors import UserError
+from xprompt_jax.prompt import DESCRIBE_QUESTION, Prompter, Sample, Slots, SlotShape, fill, stack
+
+log = logging.getLogger(__name__)
+
+GENERIC_INSTRUCTIONS = (
+    "Do what the example shows.",
+    "Apply the change of the example to this image.",
+    "Do the same to this image.",
+    "Repeat the example's edit.",
+)
+"""Instructions that leave the task to the example."""
+
+NO_TOKENS = np.zeros(0, np.int32)
+
+Batches = Mapping[str, dict[str, np.ndarray]]
+
+
+def batches(
+    store: Store, prompter: Prompter, config: DataConfig, num_xp: int, *, split: str = "train", host: tuple[int, int] = (0, 1)
+) -> Callable[[int], Batches]:
+    """Step -> this host's rows of every bucket.
+
+    Args:
+      store: the tokens.
+      prompter: tokenizer and layout.
+      config: buckets, mixture, mode, seed.
+      num_xp: S.
+      split: "train" or "eval".
+      host: (index, count) of this process.
+
+    Raises:
+      UserError: a bucket finds no pair in the store, or its rows do not divide over the hosts.
+    """
+    sources = {b.name: _bucket(store, prompter, config, b, num_xp, split, i, host) for i, b in enumerate(config.buckets)}
+    return lambda step: {name: source[step] for name, source in sources.items()}
+
+
+def _bucket(store, prompter, config: DataConfig, bucket: BucketConfig, num_xp, split, number, host) -> grain.MapDataset:
+    index, count = host
+    if bucket.rows % count:
+        raise UserError(f"bucket {bucket.name!r}: {bucket.rows} rows do not divide over {count} hosts")
+    episodes = Episodes(store, prompter, config, bucket, num_xp, split)
+    # Seeds differ by bucket and split; Grain hands every global row its own generator before hosts take their share.
+    seed = int(np.random.SeedSequence([config.seed, number, split == "train"]).generate_state(1)[0])
+    rows = grain.MapDataset.range(len(episodes)).shuffle(seed=seed).repeat()
+    rows = rows.random_map(lambda i, rng: episodes.slots(i, rng), seed=seed)
+    return rows[index::count].batch(bucket.rows // count, batch_fn=lambda rows: stack(rows, bucket.answer))
+
+
+class Episodes:
+    """All episodes of one bucket: number i picks the query and the direction, a generator picks the rest."""
+
+    def __init__(self, store: Store, prompter: Prompter, config: DataConfig, bucket: BucketConfig, num_xp: int, split: str):
+        self.store, self.prompter, self.config, self.bucket = store, prompter, config, bucket
+        self.shape = SlotShape.of(bucket, num_xp, config.mode)
+        self.partners: dict[str, list[int]] = defaultdict(list)
+        pairs = [(i, p) for i, p in enumerate(store.pairs) if p.split == split]
+        fits = [(i, p) for i, p in pairs if self._fits(p)]
+        if len(fits) < len(pairs):
+            log.warning("bucket %s: %d of %d pairs are too long and left out whole", bucket.name, len(pairs) - len(fits), len(pairs))
+        for i, p in fits:
+            self.partners[p.group].append(i)
+        directions = (False, True) if config.reverse and bucket.kind != "text_to_image" else (False,)
+        self.specs = [(i, reverse) for i, p in fits for reverse in directions if self._usable(i, p, reverse)]
+        if not self.specs:
+            raise UserError(f"bucket {bucket.name!r} finds no {split} pair it can use in the store; tokenize other data or change the bucket")
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def slots(self, i: int, rng: np.random.Generator) -> Slots:
+        """Row of episode i."""
+        vocab = self.prompter.vocab
+        sample = self.sample(i, rng)
+        return fill(sample, self.shape, bos=vocab.bos, pad=vocab.pad, mode=self.config.mode, loss=self.config.loss)
+
+    def sample(self, i: int, rng: np.random.Generator) -> Sample:
+        """Tokens of episode i."""
+        number, reverse = self.specs[i]
+        pair, prompter = self.store.pairs[number], self.prompter
+        before, after = self._codes(pair, reverse)
+        if self.bucket.kind == "text_to_image":
+            return Sample((), prompter.text_task(pair.caption), prompter.image_answer(before))
+        if self.bucket.kind == "describe":
+            text = pair.reverse_description if reverse else pair.description
+            example = prompter.example("", before, after)
+            return Sample((example,), prompter.text_task(DESCRIBE_QUESTION), prompter.text_answer(text))
+
+        generic = str(rng.choice(GENERIC_INSTRUCTIONS)) if rng.random() < self.config.generic_instruction else None
+        dropped = rng.random() < self.config.drop_example
+        examples = []
+        for partner in self._choose_partners(number, pair, rng):
+            shown = self.store.pairs[partner]
+            text = generic or _instruction(shown, reverse)
+            examples.append(NO_TOKENS if dropped else prompter.example(text, *self._codes(shown, reverse)))
+        text = generic or _instruction(pair, reverse)
+        return Sample(tuple(examples), prompter.task(text, before), prompter.image_answer(after))
+
+    def _codes(self, pair: Pair, reverse: bool) -> tuple[np.ndarray, np.ndarray]:
+        before, after = self.store.codes[pair.input], self.store.codes[pair.output]
+        return (after, before) if reverse else (before, after)
+
+    def _may_show(self, partner: int, number: int, pair: Pair) -> bool:
+        """Whether a pair of the same group may be the example of pair `number`: never itself, nor its own image."""
+        return partner != number and (self.config.same_scene_partner or self.store.pairs[partner].input != pair.input)
+
+    def _choose_partners(self, number: int, pair: Pair, rng: np.random.Generator) -> list[int]:
+        group, chosen = self.partners[pair.group], []
+        while len(chosen) < self.bucket.examples:  # ends: `_usable` has seen that a partner exists
+            partner = group[rng.integers(len(group))]
+            if self._may_show(partner, number, pair):
+                chosen.append(partner)
+        return chosen
+
+    def _usable(self, number: int, pair: Pair, reverse: bool) -> bool:
+        if self.bucket.kind == "text_to_image":
+            return bool(pair.caption)
+        if self.bucket.kind == "describe":
+            return bool(pair.reverse_description if reverse else pair.description)
+        if reverse and not pair.reverse_instruction:
+            return False
+        return not self.bucket.examples or any(self._may_show(j, number, pair) for j in self.partners[pair.group])
+
+    def _fits(self, pair: Pair) -> bool:
+        """Whether the pair fits as query and as example in either direction, whatever instruction is drawn."""
+        words = lambda text: len(self.prompter.tokenizer.encode(text))  # noqa: E731
+        image = self.prompter.layout.num_tokens(*self.store.codes.shape[1:])
+        if self.bucket.kind == "text_to_image":
+            return words(pair.caption) + 1 + image + 1 <= self.bucket.todo
+        if self.bucket.kind == "describe":
+            answer = 1 + max(words(pair.description), words(pair.reverse_description))
+            task = words(DESCRIBE_QUESTION) + 1 + answer
+            return 2 * image + 1 <= self.bucket.context and task <= self.bucket.todo and answer <= self.bucket.answer
+        text = max(map(words, (pair.instruction, pair.reverse_instruction, *GENERIC_INSTRUCTIONS)))
+        fits_example = not self.bucket.examples or text + 2 * image + 1 <= self.bucket.context
+        return fits_example and text + 2 * image + 2 <= self.bucket.todo
+
+
+def _instruction(pair: Pair, reverse: bool) -> str:
+    return pair.reverse_instruction if reverse else pair.instruction
+
+
+def padding(batch: Mapping[str, np.ndarray], shape: SlotShape) -> float:
+    """Fraction of a batch's slots that hold nothing. Positions are 0 on padding and on the SINK alone."""
+    filled = np.count_nonzero(batch["positions"]) + len(batch["positions"])
+    return 1.0 - filled / (len(batch["positions"]) * shape.length)

@@ -1,0 +1,159 @@
+"""What a person points us at, as a stream of records: one reader for each physical form of data on disk.
+
+A record is a pair of images with its words. `group` says which pairs can be examples for each other (the same task with
+the same parameters); `split` is "train" or "eval". Readers yield paths, not pixels, so that a bad file is met and named
+when it is opened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xprompt_jax.data.images import list_images, open_image, resize_center_crop
+from xprompt_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A pair of images and what can be said of it."""
+
+    input: Any
+    """Whatever `images.open_image` takes."""
+    output: Any
+    instruction: str
+    reverse_instruction: str = ""
+    """Empty: the pair is not trained backwards."""
+    description: str = ""
+    """The difference in words; empty: the pair is not described."""
+    reverse_description: str = ""
+    task: str = ""
+    group: str = ""
+    caption: str = ""
+    """Of the input image; empty: it is not drawn from text."""
+    split: str = "train"
+
+
+def held_out(key: str, fraction: float) -> str:
+    """"eval" for a stable `fraction` of all keys, else "train": decided by a hash, so adding data moves nothing."""
+    value = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    return "eval" if value < fraction else "train"
+
+
+def paired_folders(
+    inputs: str | Path, outputs: str | Path, *, task: str, instruction: str, reverse_instruction: str = "",
+    rename: tuple[str, str] | None = None, eval_fraction: float = 0.0,
+) -> Iterator[Record]:  # fmt: skip
+    """Two folders whose files belong together by name.
+
+    Args:
+      inputs, outputs: folders; relative paths without extension are matched.
+      rename: (pattern, replacement), a regular expression that turns an input's stem into its output's.
+
+    Raises:
+      UserError: a folder is missing or empty, or an input has no partner.
+    """
+    inputs, outputs = Path(inputs), Path(outputs)
+    partners = {path.relative_to(outputs).with_suffix("").as_posix(): path for path in list_images(outputs)}
+    for path in list_images(inputs):
+        stem = path.relative_to(inputs).with_suffix("").as_posix()
+        wanted = re.sub(*rename, stem) if rename else stem
+        if wanted not in partners:
+            raise UserError(f"{path}: no {wanted}.* in {outputs}; complete the folder, or give the renaming rule")
+        yield Record(
+            path, partners[wanted], instruction, reverse_instruction, task=task, group=task,
+            split=held_out(f"{task}/{stem}", eval_fraction),
+        )  # fmt: skip
+
+
+def manifest(path: str | Path, *, eval_fraction: float = 0.0) -> Iterator[Record]:
+    """A JSONL file, one pair a line: {"input": ..., "output": ..., "instruction": ...}, and any other field of `Record`.
+
+    OmniGen's spelling ("input_images": [one], "output_image", "task_type") is read too. Paths are relative to the file.
+
+    Raises:
+      UserError: naming the file and line of what cannot be used.
+    """
+    path = Path(path)
+    names = {f.name for f in dataclasses.fields(Record)}
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot read: {getattr(e, 'strerror', None) or 'not a text file'}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise UserError(f"{path}, line {number}: not JSON ({e.msg}); write one object a line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: not an object; write {{'input': ..., 'output': ..., 'instruction': ...}}")
+        if isinstance(row.get("input_images"), list) and len(row["input_images"]) == 1:
+            row["input"] = row.pop("input_images")[0]
+        for theirs, ours in (("output_image", "output"), ("task_type", "task")):
+            if theirs in row:
+                row[ours] = row.pop(theirs)
+        missing = [name for name in ("input", "output", "instruction") if not isinstance(row.get(name), str)]
+        unknown = sorted(row.keys() - names)
+        if missing or unknown:
+            problem = f"no text field {missing[0]!r}" if missing else f"unknown field {unknown[0]!r}"
+            raise UserError(f"{path}, line {number}: {problem}; fields are {', '.join(sorted(names))}")
+        row["input"], row["output"] = path.parent / row["input"], path.parent / row["output"]
+        row.setdefault("group", row.get("task", ""))
+        row.setdefault("split", held_out(str(row["input"]), eval_fraction))
+        yield Record(**row)
+
+
+def photographs(folder: str | Path, size: int) -> list[np.ndarray]:
+    """All images of a folder as uint8 [size, size, 3] centre crops, for tasks that are made on the fly."""
+    return [resize_center_crop(open_image(path), size) for path in list_images(folder)]
+
+
+def world_pairs(
+    *, groups: int, pairs_per_group: int, size: int, seed: int = 0, tasks: Sequence[str] | None = None,
+    photos: Sequence[np.ndarray] = (), photo_fraction: float = 0.3, eval_fraction: float = 0.1,
+) -> Iterator[Record]:  # fmt: skip
+    """Pairs made from rendered scenes and photographs. Every group is one task with parameters of its own.
+
+    Args:
+      groups: number of (task, parameters) draws; tasks take turns.
+      pairs_per_group: pairs that share them, each on a source image of its own.
+      size: pixels.
+      tasks: names out of `data.tasks.TASKS`; None takes all.
+      photos: uint8 crops; tasks that need no scene use them for `photo_fraction` of their groups.
+      eval_fraction: of groups held out: their parameters and their scenes are never trained on.
+
+    Raises:
+      UserError: an unknown task.
+    """
+    from xprompt_jax.data.tasks import TASKS, make_pairs, photo_source, scene_sources
+
+    names = sorted(TASKS) if tasks is None else list(tasks)
+    unknown = [name for name in names if name not in TASKS]
+    if unknown:
+        raise UserError(f"task {unknown[0]!r} is unknown; tasks are {', '.join(sorted(TASKS))}")
+    for group in range(groups):
+        rng = np.random.default_rng([seed, group])
+        name = names[group % len(names)]
+        task = TASKS[name]
+        if len(photos) >= pairs_per_group and not task.needs_scene and rng.random() < photo_fraction:
+            chosen = rng.choice(len(photos), pairs_per_group, replace=False)
+            sources = [photo_source(photos[i]) for i in chosen]
+        else:
+            sources = scene_sources(int(rng.integers(2**31)), pairs_per_group, size)
+        parameters = task.sample_parameters(rng)
+        split = "eval" if group >= groups - round(eval_fraction * groups) else "train"
+        for pair in make_pairs(name, parameters, sources, int(rng.integers(2**31))):
+            back = pair.reversed()
+            yield Record(
+                pair.input, pair.output, pair.instruction, back.instruction, pair.description, back.description, name,
+                f"{name}/{seed}/{group}", pair.caption, split,
+            )  # fmt: skip

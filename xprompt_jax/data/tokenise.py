@@ -4,6 +4,7 @@
       store.json     format, grid, image size, fingerprint of the VQGAN, counts
       codes.npy      uint16 [images, rows, columns], memory-mapped: an image is 2 KB
       pairs.jsonl    one pair a line: record numbers of its two images, texts, task, group, split
+      tokenizers/    the VQGAN that made the codes, and the text tokenizer that goes with it
 
 Images are content-addressed: one that serves as input, output, example and query, forwards and backwards, is encoded and
 stored once. Reversing and describing cost no storage at all; the pipeline composes them.
@@ -27,6 +28,8 @@ from xprompt_jax.errors import UserError
 from xprompt_jax.files import atomic_path
 from xprompt_jax.model.params import flatten
 from xprompt_jax.model.vqgan import VQGAN
+from xprompt_jax.sample.pretrained import save_tokenizers
+from xprompt_jax.tokens import Tokenizer
 
 FORMAT = "xprompt-tokens-1"
 
@@ -86,12 +89,16 @@ def vqgan_fingerprint(vqgan: VQGAN) -> str:
     return digest.hexdigest()[:16]
 
 
-def tokenize(records: Iterable[Record], vqgan: VQGAN, out: str | Path, *, batch: int = 32, total: int | None = None, progress: bool = True) -> Store:
+def tokenize(
+    records: Iterable[Record], vqgan: VQGAN, tokenizer: Tokenizer, out: str | Path,
+    *, batch: int = 32, total: int | None = None, progress: bool = True,
+) -> Store:  # fmt: skip
     """Encodes all images of `records` into a store, which appears whole or not at all.
 
     Args:
       records: pairs; images are resized and centre-cropped to the VQGAN's size.
       vqgan: the image tokenizer.
+      tokenizer: the text tokenizer; texts are stored as text, and it only travels along.
       out: folder; an existing store there is replaced.
       batch: images encoded at once.
       total: number of records, for the progress bar.
@@ -139,5 +146,6 @@ def tokenize(records: Iterable[Record], vqgan: VQGAN, out: str | Path, *, batch:
         header = {
             "format": FORMAT, "vqgan": fingerprint, "image_size": size, "grid": vqgan.config.grid, "images": len(codes), "pairs": count,
         }  # fmt: skip
+        save_tokenizers(temporary / "tokenizers", vqgan, tokenizer)
         (temporary / "store.json").write_text(json.dumps(header, indent=2))
     return Store.open(out)

@@ -1,14 +1,7 @@
-"""A procedural world with exact ground truth: scenes as arrays, rendered in JAX, edited and described in exact words.
+"""A procedural world with exact ground truth: scenes drawn from a key, described and edited in exact words.
 
-Convex solids stand on a patterned floor under a sky and one sun. Every solid is {quadric <= 0} and up to six half-spaces,
-in a local frame whose floor is y = -1, so one data-driven ray test serves all shapes and everything runs under jit and vmap.
-
-  world frame    x right, y up, z away from the camera, metres; the floor is y = 0; the camera stands at (0, height, 0)
-  depth          planar, along the camera axis, metres, clipped to MAX_DEPTH; the sky is MAX_DEPTH
-  normals        camera frame, x right, y up, z towards the viewer, unit length; the sky is (0, 0, 1)
-  segmentation   index into CLASSES; instances: 0 for sky and floor, object slot + 1 otherwise
-
-Depth, normals and labels are those of the ray through the pixel centre; rgb is the mean of 2 x 2 rays per pixel.
+`render.py` draws them (and states the frames and conventions). Sampling and rendering are pure and run under jit and vmap;
+words and edits work on the host, on one unbatched scene, because they need its values.
 """
 
 from __future__ import annotations
@@ -20,92 +13,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-MAX_OBJECTS = 6
-MAX_DEPTH = 10.0
+from xprompt_jax.data.render import (
+    COLORS, FLOOR_COLORS, FLOOR_KINDS, MATERIALS, MAX_OBJECTS, SHAPES, SKIES, Render, Scene, render, render_batch,
+)  # fmt: skip
+from xprompt_jax.errors import UserError
 
-COLORS: dict[str, tuple[float, float, float]] = {
-    "red": (0.88, 0.10, 0.12), "orange": (1.00, 0.50, 0.05), "yellow": (0.98, 0.88, 0.10), "green": (0.12, 0.62, 0.18),
-    "cyan": (0.10, 0.82, 0.86), "blue": (0.12, 0.28, 0.90), "purple": (0.52, 0.16, 0.72), "pink": (1.00, 0.52, 0.72),
-    "brown": (0.42, 0.24, 0.10), "white": (0.97, 0.97, 0.97),
-}  # fmt: skip
-FLOOR_COLORS: dict[str, tuple[float, float, float]] = {
-    "grey": (0.62, 0.62, 0.62), "tan": (0.80, 0.68, 0.50), "olive": (0.48, 0.54, 0.30), "slate": (0.38, 0.44, 0.54),
-    "cream": (0.90, 0.87, 0.76), "rust": (0.66, 0.40, 0.30),
-}  # fmt: skip
-FLOOR_KINDS = ("plain", "checkered", "striped", "tiled")
-MATERIALS = ("matte", "shiny", "checkered", "striped")
+__all__ = [
+    "Edit", "Render", "Scene", "add_object", "change_floor", "change_light", "change_material", "change_sky", "describe_object",
+    "describe_scene", "move_object", "recolor", "remove_object", "render", "render_batch", "replace_shape", "resize",
+    "sample_scene", "sample_scenes",
+]  # fmt: skip
+
 SIZES = {"small": (0.38, 0.44), "large": (0.58, 0.64)}  # metres, half the height of most solids
 LARGE = 0.52  # from here on an object is called large
-DIRECTIONS = {"left": -np.pi / 2, "front": np.pi, "right": np.pi / 2, "back": 0.0}  # azimuth the light comes from, 0 is +z
+DIRECTIONS = {
+    "left": -np.pi / 2,
+    "front": np.pi,
+    "right": np.pi / 2,
+    "back": 0.0,
+}  # azimuth the light comes from, 0 is +z
+WARMTHS = {"cool": -0.9, "neutral": 0.0, "warm": 0.9}
 
-# Sky: zenith, horizon, colour of the sun, colour of the ambient light.
-SKIES: dict[str, tuple[tuple[float, float, float], ...]] = {
-    "blue": ((0.22, 0.46, 0.86), (0.74, 0.87, 0.97), (0.74, 0.72, 0.66), (0.42, 0.45, 0.50)),
-    "sunset": ((0.34, 0.22, 0.50), (1.00, 0.60, 0.30), (0.80, 0.54, 0.34), (0.44, 0.36, 0.40)),
-    "overcast": ((0.58, 0.61, 0.65), (0.82, 0.84, 0.86), (0.36, 0.36, 0.36), (0.62, 0.63, 0.65)),
-    "night": ((0.02, 0.03, 0.12), (0.10, 0.14, 0.32), (0.36, 0.42, 0.60), (0.18, 0.21, 0.34)),
-    "pink": ((0.62, 0.52, 0.86), (1.00, 0.80, 0.84), (0.70, 0.58, 0.58), (0.46, 0.42, 0.48)),
-}
-
-# Solids: q . p^2 + l * p_y + c <= 0 with rows (q_x, q_y, q_z, l, c), and half-spaces n . p <= d with rows (n, d).
-_ALL, _ANY = (0, 0, 0, 0, -1), (0, 0, 0, 1)
-
-
-def _box(half: float, top: float) -> list[tuple]:
-    return [(1, 0, 0, half), (-1, 0, 0, half), (0, 0, 1, half), (0, 0, -1, half), (0, 1, 0, top), (0, -1, 0, 1)]
-
-
-_FLAT = [(0, 1, 0, 1), (0, -1, 0, 1)]
-_SOLIDS: dict[str, tuple[tuple, list[tuple]]] = {
-    "sphere": ((1, 1, 1, 0, -1), []),
-    "cube": (_ALL, _box(0.75, 0.5)),
-    "cylinder": ((1, 0, 1, 0, -0.64), _FLAT),
-    "cone": ((1, -0.25, 1, 0.5, -0.25), _FLAT),
-    "dome": ((1, 0.45, 1, 0.9, -0.55), [(0, -1, 0, 1)]),  # half an egg, centred on the floor
-    "pyramid": (_ALL, [(8 / 3, 1, 0, 1), (-8 / 3, 1, 0, 1), (0, 1, 8 / 3, 1), (0, 1, -8 / 3, 1), (0, -1, 0, 1)]),
-}
-SHAPES = tuple(_SOLIDS)
-CLASSES = ("sky", "floor", *SHAPES)
-
-_QUADRICS = np.array([q for q, _ in _SOLIDS.values()], np.float32)
-_PLANES = np.array([p + [_ANY] * (6 - len(p)) for _, p in _SOLIDS.values()], np.float32)  # [shapes, 6, 4]
-_COLOR_TABLE = np.array(list(COLORS.values()), np.float32)
-_FLOOR_TABLE = np.array(list(FLOOR_COLORS.values()), np.float32)
-_SKY_TABLE = np.array(list(SKIES.values()), np.float32)
 
 # Where objects stand (x, z): three near and three far. No solid reaches beyond 1.07 sizes, so no two of them touch.
 PLACES = np.array([(0.0, 2.55), (-1.45, 2.7), (1.45, 2.7), (-0.7, 4.2), (0.8, 4.2), (2.3, 4.3)], np.float32)
 JITTER = np.array([0.04, 0.12], np.float32)
-
-
-class Scene(NamedTuple):
-    """One scene (batched: a leading axis on every leaf). Object leaves are [MAX_OBJECTS]; the rest are scalars or as told."""
-
-    exists: jax.Array  # bool
-    shape: jax.Array  # int32, index into SHAPES
-    color: jax.Array  # int32, index into COLORS
-    material: jax.Array  # int32, index into MATERIALS
-    size: jax.Array  # float32 metres
-    position: jax.Array  # float32 [MAX_OBJECTS, 2], x and z on the floor
-    yaw: jax.Array  # float32 radians about y
-    floor_kind: jax.Array  # int32, index into FLOOR_KINDS
-    floor_color: jax.Array  # int32, index into FLOOR_COLORS
-    sky: jax.Array  # int32, index into SKIES
-    light_azimuth: jax.Array  # float32 radians, where the light comes from: 0 is ahead (+z), pi/2 is right (+x)
-    light_elevation: jax.Array  # float32 radians above the floor
-    warmth: jax.Array  # float32 -1 (cool) to 1 (warm)
-    ambient: jax.Array  # float32, multiplies the sky's ambient light
-    camera: jax.Array  # float32 [3]: height in metres, downward pitch in radians, focal length in half image heights
-
-
-class Render(NamedTuple):
-    """Pictures of one scene (batched: a leading axis), see the module's conventions."""
-
-    rgb: jax.Array  # uint8 [h, w, 3]
-    depth: jax.Array  # float32 [h, w], metres
-    normals: jax.Array  # float32 [h, w, 3]
-    segmentation: jax.Array  # int32 [h, w]
-    instances: jax.Array  # int32 [h, w]
 
 
 def sample_scene(key: jax.Array, min_objects: int = 2, max_objects: int = 4) -> Scene:
@@ -136,9 +68,9 @@ def sample_scene(key: jax.Array, min_objects: int = 2, max_objects: int = 4) -> 
         sky=choice(SKIES),
         light_azimuth=jnp.array(list(DIRECTIONS.values()))[choice(DIRECTIONS)] + uniform(-0.4, 0.4),
         light_elevation=uniform(0.7, 1.0),
-        warmth=jnp.array([-0.9, 0.0, 0.9])[choice(range(3))] + uniform(-0.1, 0.1),
+        warmth=jnp.array(list(WARMTHS.values()))[choice(WARMTHS)] + uniform(-0.1, 0.1),
         ambient=uniform(0.9, 1.1),
-        camera=jnp.stack([uniform(1.9, 2.2), uniform(0.30, 0.36), uniform(1.5, 1.65)]),
+        camera=jnp.stack([uniform(1.9, 2.2), uniform(0.30, 0.36), uniform(1.42, 1.56)]),
     )
 
 
@@ -149,161 +81,185 @@ def sample_scenes(key: jax.Array, count: int, min_objects: int = 2, max_objects:
     return jax.vmap(lambda k: sample_scene(k, min_objects, max_objects))(keys)
 
 
-# Vectors are [3, R] or [3, 1]: one row per axis, R rays.
+# Words and edits: on the host, one unbatched scene at a time.
 
 
-def _dot(a, b):
-    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+def _index(kind: str, name: str, names) -> int:
+    if name not in names:
+        raise UserError(f"{kind} {name!r} is unknown: choose from {', '.join(names)}")
+    return list(names).index(name)
 
 
-def _unit(a):
-    return a / jnp.sqrt(_dot(a, a))
+def article(words: str) -> str:
+    """`words` with "a" or "an" in front."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def _turn(v, yaw):
-    c, s = jnp.cos(yaw), jnp.sin(yaw)
-    return jnp.stack([c * v[0] + s * v[2], v[1], c * v[2] - s * v[0]])
-
-
-def _enter_and_leave(obj, origin, direction):
-    """Ray against one solid: (t in, t out, local point and local outward normal at t in); missed where t in > t out."""
-    shape, size, position, yaw = obj
-    center = jnp.stack([position[0], size, position[1]])[:, None]
-    o, d = _turn(origin - center, -yaw) / size, _turn(direction, -yaw) / size
-    q, linear, constant = (row := jnp.asarray(_QUADRICS)[shape])[:3], row[3], row[4]
-    a, b = _dot(q, d * d), _dot(q, o * d) + linear * d[1] / 2
-    c = _dot(q, o * o) + linear * o[1] + constant
-    a = jnp.where(jnp.abs(a) < 1e-9, 1e-9, a)
-    discriminant = b * b - a * c
-    w = -(b + jnp.where(b < 0, -1.0, 1.0) * jnp.sqrt(jnp.maximum(discriminant, 0.0)))  # no cancellation
-    w = jnp.where(jnp.abs(w) < 1e-12, 1e-12, w)
-    first, last = jnp.minimum(w / a, c / w), jnp.maximum(w / a, c / w)
-    # a < 0 happens in the cone only: the ray is inside beyond the roots; its lower half lies below the ray's descent.
-    down = d[1] < 0
-    t_in = jnp.where(a > 0, first, jnp.where(down, last, -1e6))
-    t_out = jnp.where(a > 0, last, jnp.where(down, 1e6, first))
-    t_out = jnp.where((a > 0) & (discriminant < 0), -1e6, t_out)
-    plane = jnp.zeros_like(o + d)
-    flat = jnp.zeros(plane.shape[1:], bool)
-    for i in range(_PLANES.shape[1]):
-        n, offset = (row := jnp.asarray(_PLANES)[shape, i])[:3, None], row[3]
-        along = _dot(n, d)
-        t = (offset - _dot(n, o)) / jnp.where(jnp.abs(along) < 1e-9, 1e-9, along)
-        later = (along < 0) & (t > t_in)
-        plane, flat = jnp.where(later, n, plane), flat | later
-        t_in = jnp.where(later, t, t_in)
-        t_out = jnp.where(along < 0, t_out, jnp.minimum(t_out, t))
-    point = o + t_in * d
-    curved = q[:, None] * point + jnp.stack([0.0, linear / 2, 0.0])[:, None]
-    return t_in, t_out, point, jnp.where(flat, plane, curved)
-
-
-def _objects(scene):
-    return scene.shape, scene.size, scene.position, scene.yaw
-
-
-def _shadow(scene, point, light):
-    """True where the way to the light is blocked."""
-
-    def body(dark, entry):
-        exists, obj = entry
-        t_in, t_out, _, _ = _enter_and_leave(obj, point, light)
-        return dark | (exists & (t_out > t_in) & (t_out > 5e-3)), None
-
-    return jax.lax.scan(body, jnp.zeros(point.shape[1:], bool), (scene.exists, _objects(scene)))[0]
-
-
-def _parity(a, b=0.0):
-    return (jnp.floor(a) + jnp.floor(b)) % 2 == 0
-
-
-def _sky_color(scene, direction):
-    zenith, horizon = jnp.asarray(_SKY_TABLE)[scene.sky, :2, :, None]
-    rise = jnp.clip(direction[1] * 2.2, 0, 1)
-    return horizon + (zenith - horizon) * rise
-
-
-def _trace(scene: Scene, u, v):
-    """Rays through image coordinates u, v [R] -> (hit depth, world normal [3, R], object slot or -1, albedo, gloss, direction)."""
-    height, pitch, focal = scene.camera
-    right, up, ahead = u / focal, v / focal, jnp.ones_like(u)
-    c, s = jnp.cos(pitch), jnp.sin(pitch)
-    direction = jnp.stack([right, c * up - s * ahead, c * ahead + s * up])  # one unit along the axis: t is planar depth
-    origin = jnp.stack([0.0, height, 0.0])[:, None]
-
-    # Floor. Its pattern fades with distance, where it would be finer than a pixel.
-    t = jnp.where(direction[1] < -1e-6, -height / jnp.minimum(direction[1], -1e-6), 1e6)
-    x, z = t * direction[0] / 0.8, t * direction[2] / 0.8
-    seam = jnp.minimum(jnp.abs(x - jnp.round(x)), jnp.abs(z - jnp.round(z))) < 0.06
-    dark = jnp.select([scene.floor_kind == i for i in range(4)], [x < -1e9, _parity(x, z), _parity(x), seam])
-    albedo = jnp.asarray(_FLOOR_TABLE)[scene.floor_color][:, None] * jnp.where(dark, 1 - 0.35 * jnp.exp(-((t / 14) ** 2)), 1.0)
-    normal = jnp.broadcast_to(jnp.array([0.0, 1.0, 0.0])[:, None], direction.shape)
-    slot = jnp.full(u.shape, -1)
-    gloss = jnp.zeros_like(u)
-
-    def body(carry, entry):
-        t, normal, slot, albedo, gloss = carry
-        i, exists, obj, color, material = entry
-        t_in, t_out, p, n = _enter_and_leave(obj, origin, direction)
-        hit = exists & (t_in < t_out) & (t_in > 0) & (t_in < t)
-        bands = jnp.select([material == 2, material == 3], [_parity(p[0] * 1.9, p[2] * 1.9 + jnp.floor(p[1] * 1.9)),
-                                                           _parity(p[1] * 2.5 + 0.5)], p[0] > 1e9)  # fmt: skip
-        mine = jnp.where(bands, 0.42, 1.0) * jnp.asarray(_COLOR_TABLE)[color][:, None]
-        return (jnp.where(hit, t_in, t), jnp.where(hit, _turn(_unit(n), obj[3]), normal), jnp.where(hit, i, slot),
-                jnp.where(hit, mine, albedo), jnp.where(hit, material == 1, gloss)), None  # fmt: skip
-
-    entries = (jnp.arange(MAX_OBJECTS), scene.exists, _objects(scene), scene.color, scene.material)
-    (t, normal, slot, albedo, gloss), _ = jax.lax.scan(body, (t, normal, slot, albedo, gloss), entries)
-    return t, normal, slot, albedo, gloss, direction
-
-
-def _shade(scene: Scene, u, v):
-    """Colour 0..1 of the rays through u, v: [3, R]."""
-    t, normal, _, albedo, gloss, direction = _trace(scene, u, v)
-    origin = jnp.stack([0.0, scene.camera[0], 0.0])[:, None]
-    lift, flat = jnp.sin(scene.light_elevation), jnp.cos(scene.light_elevation)
-    light = jnp.stack([flat * jnp.sin(scene.light_azimuth), lift, flat * jnp.cos(scene.light_azimuth)])[:, None]
-    tint = jnp.stack([1 + 0.16 * scene.warmth, 1 + 0.02 * scene.warmth, 1 - 0.24 * scene.warmth])[:, None]
-    sun, ambient = jnp.asarray(_SKY_TABLE)[scene.sky, 2:, :, None]
-    ground = t < 1e5
-    lit = ground & ~_shadow(scene, origin + jnp.where(ground, t, 0.0) * direction + 1e-3 * normal, light)
-    view = _unit(direction)
-    bounce = view - 2 * _dot(view, normal) * normal
-    diffuse = ambient * scene.ambient * (0.8 + 0.2 * normal[1]) + sun * lit * jnp.maximum(_dot(normal, light), 0)
-    spark = jnp.maximum(_dot(bounce, light), 0) ** 24 * lit
-    mirror = 0.12 + 0.5 * (1 - jnp.abs(_dot(view, normal))) ** 3
-    surface = albedo * diffuse * tint + gloss * (0.9 * sun * spark + mirror * (_sky_color(scene, bounce) - 0.3))
-    sky = _sky_color(scene, direction)
-    far = jnp.where(ground, 1 - jnp.exp(-(jnp.maximum(t - MAX_DEPTH, 0) / 18)), 1.0)  # the floor melts into the horizon
-    return surface * (1 - far) + sky * far
-
-
-def _grid(size: int):
-    at = (jnp.arange(size) + 0.5) / size * 2 - 1
-    return jnp.tile(at, size), jnp.repeat(-at, size)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def render(scene: Scene, size: int) -> Render:
-    """Renders one scene at `size` x `size` pixels."""
-    rgb = _shade(scene, *_grid(2 * size)).reshape(3, size, 2, size, 2).mean((2, 4))
-    t, normal, slot, _, _, _ = _trace(scene, *_grid(size))
-    c, s = jnp.cos(scene.camera[1]), jnp.sin(scene.camera[1])
-    in_camera = jnp.stack([normal[0], c * normal[1] + s * normal[2], s * normal[1] - c * normal[2]])
-    sky = (slot < 0) & (t > 1e5)
-    in_camera = jnp.where(sky, jnp.array([0.0, 0.0, 1.0])[:, None], in_camera)
-    shape = jnp.where(slot < 0, jnp.where(sky, 0, 1), 2 + scene.shape[jnp.maximum(slot, 0)])
-    image = (size, size)
-    return Render(
-        rgb=jnp.round(jnp.clip(rgb, 0, 1) * 255).astype(jnp.uint8).transpose(1, 2, 0),
-        depth=jnp.minimum(t, MAX_DEPTH).reshape(image),
-        normals=in_camera.T.reshape(*image, 3),
-        segmentation=shape.astype(jnp.int32).reshape(image),
-        instances=(slot + 1).astype(jnp.int32).reshape(image),
+def describe_object(scene: Scene, i: int) -> str:
+    """Such as "large red shiny sphere"."""
+    size = "large" if float(scene.size[i]) >= LARGE else "small"
+    return (
+        f"{size} {list(COLORS)[int(scene.color[i])]} {MATERIALS[int(scene.material[i])]} {SHAPES[int(scene.shape[i])]}"
     )
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def render_batch(scenes: Scene, size: int) -> Render:
-    """`render` over the leading axis of every leaf."""
-    return jax.vmap(lambda scene: render(scene, size))(scenes)
+def _short(scene: Scene, i: int) -> str:
+    return f"{list(COLORS)[int(scene.color[i])]} {SHAPES[int(scene.shape[i])]}"
+
+
+def describe_floor(scene: Scene) -> str:
+    """Such as "grey checkered floor"."""
+    return f"{list(FLOOR_COLORS)[int(scene.floor_color)]} {FLOOR_KINDS[int(scene.floor_kind)]} floor"
+
+
+def describe_light(scene: Scene) -> str:
+    """Such as "warm light from the left" (from the viewer's side is "front"); the nearest of the named directions."""
+    turn = {
+        name: abs((float(scene.light_azimuth) - at + np.pi) % (2 * np.pi) - np.pi) for name, at in DIRECTIONS.items()
+    }
+    warmth = min(WARMTHS, key=lambda name: abs(WARMTHS[name] - float(scene.warmth)))
+    return f"{warmth} light from the {min(turn, key=turn.get)}"
+
+
+def describe_scene(scene: Scene) -> str:
+    """Exact words: objects from left to right as seen, each related to the next, then floor, sky and light."""
+    pitch, height = float(scene.camera[1]), float(scene.camera[0])
+    size, position = np.asarray(scene.size), np.asarray(scene.position)
+    depth = position[:, 1] * np.cos(pitch) + (height - size) * np.sin(pitch)
+    across = position[:, 0] / depth
+    order = sorted(np.flatnonzero(np.asarray(scene.exists)), key=lambda i: across[i])
+    words = ""
+    for i, following in zip(order, [*order[1:], None], strict=True):
+        words += article(describe_object(scene, i))
+        if following is not None:
+            beside = across[following] - across[i] > 0.08
+            words += " left of " if beside else " in front of " if depth[i] < depth[following] else " behind "
+    sky = article(f"{list(SKIES)[int(scene.sky)]} sky")
+    return f"{words + ' on' if words else 'nothing on'} {article(describe_floor(scene))} under {sky}, {describe_light(scene)}"
+
+
+class Edit(NamedTuple):
+    """An edited scene in words: what to do, how to undo it, and what each of the two images shows."""
+
+    scene: Scene
+    words: str
+    reverse: str
+    before: str
+    after: str
+
+
+def _set(scene: Scene, i: int | None, **values) -> Scene:
+    """A copy with leaves replaced (i None) or one object's entry of them."""
+    changed = {}
+    for name, value in values.items():
+        leaf = np.array(getattr(scene, name))
+        leaf[() if i is None else i] = value
+        changed[name] = leaf
+    return scene._replace(**changed)
+
+
+def add_object(scene: Scene, shape: str, color: str, material: str, size: str, position, yaw: float = 0.4) -> Edit:
+    """Adds an object at `position` (x, z) in metres.
+
+    Raises:
+      UserError: if a name is unknown or the scene is full.
+    """
+    free = np.flatnonzero(~np.asarray(scene.exists))
+    if not len(free):
+        raise UserError(f"the scene already holds {MAX_OBJECTS} objects: remove one first")
+    low, high = SIZES[list(SIZES)[_index("size", size, SIZES)]]
+    new = _set(scene, i := int(free[0]), exists=True, shape=_index("shape", shape, SHAPES), size=(low + high) / 2, yaw=yaw,
+               color=_index("color", color, COLORS), material=_index("material", material, MATERIALS), position=position)  # fmt: skip
+    name, full = _short(new, i), article(describe_object(new, i))
+    return Edit(new, f"add {full}", f"remove the {name}", f"has no {name}", f"has {full} in addition")
+
+
+def remove_object(scene: Scene, i: int) -> Edit:
+    """Removes object i."""
+    name, full = _short(scene, i), article(describe_object(scene, i))
+    return Edit(_set(scene, i, exists=False), f"remove the {name}", f"add {full}", f"has {full}", f"has no {name}")
+
+
+def recolor(scene: Scene, i: int, color: str) -> Edit:
+    """Paints object i."""
+    new = _set(scene, i, color=_index("color", color, COLORS))
+    old = list(COLORS)[int(scene.color[i])]
+    return Edit(new, f"make the {_short(scene, i)} {color}", f"make the {_short(new, i)} {old}", *_has(scene, new, i))
+
+
+def _has(scene: Scene, new: Scene, i: int) -> tuple[str, str]:
+    full = article(describe_object(new, i))
+    return f"has {article(describe_object(scene, i))}", f"has {full} in its place"
+
+
+def replace_shape(scene: Scene, i: int, shape: str) -> Edit:
+    """Makes object i another solid of the same colour, material and size."""
+    new = _set(scene, i, shape=_index("shape", shape, SHAPES))
+    old = SHAPES[int(scene.shape[i])]
+    return Edit(new, f"replace the {_short(scene, i)} with {article(shape)}",
+                f"replace the {_short(new, i)} with {article(old)}", *_has(scene, new, i))  # fmt: skip
+
+
+def resize(scene: Scene, i: int, size: str) -> Edit:
+    """Makes object i small or large, standing where it stood."""
+    _index("size", size, SIZES)
+    new = _set(scene, i, size=sum(SIZES[size]) / 2)
+    words = {"large": "larger", "small": "smaller"}
+    back = words["small" if size == "large" else "large"]
+    return Edit(
+        new, f"make the {_short(scene, i)} {words[size]}", f"make the {_short(scene, i)} {back}", *_has(scene, new, i)
+    )
+
+
+def change_material(scene: Scene, i: int, material: str) -> Edit:
+    """Gives object i another surface."""
+    new = _set(scene, i, material=_index("material", material, MATERIALS))
+    old = MATERIALS[int(scene.material[i])]
+    return Edit(
+        new, f"make the {_short(scene, i)} {material}", f"make the {_short(scene, i)} {old}", *_has(scene, new, i)
+    )
+
+
+def move_object(scene: Scene, i: int, direction: str, distance: float) -> Edit:
+    """Moves object i by `distance` metres "left", "right", "closer" or "away" (as the viewer sees it)."""
+    steps = {"left": (-1, 0), "right": (1, 0), "closer": (0, -1), "away": (0, 1)}
+    step = np.array(list(steps.values())[_index("direction", direction, steps)], np.float32)
+    new = _set(scene, i, position=np.asarray(scene.position)[i] + step * distance)
+    back = {"left": "right", "right": "left", "closer": "away", "away": "closer"}[direction]
+    name, full = _short(scene, i), describe_object(scene, i)
+    where = {"left": "further left", "right": "further right", "closer": "closer to the viewer", "away": "further away"}
+    return Edit(new, f"move the {name} {direction}", f"move the {name} {back}",
+                f"has the {full} {where[back]}", f"has the {full} {where[direction]}")  # fmt: skip
+
+
+def change_floor(scene: Scene, color: str, kind: str) -> Edit:
+    """Lays another floor."""
+    new = _set(
+        scene,
+        None,
+        floor_color=_index("floor color", color, FLOOR_COLORS),
+        floor_kind=_index("floor", kind, FLOOR_KINDS),
+    )
+    return _whole("floor", describe_floor, scene, new)
+
+
+def _whole(what: str, describe, scene: Scene, new: Scene) -> Edit:
+    old, now = article(describe(scene)), article(describe(new))
+    return Edit(new, f"change the {what} to {now}", f"change the {what} to {old}", f"has {old}", f"has {now}")
+
+
+def change_sky(scene: Scene, sky: str) -> Edit:
+    """Another sky, with its own sun and ambient colour."""
+    return _whole(
+        "sky", lambda s: f"{list(SKIES)[int(s.sky)]} sky", scene, _set(scene, None, sky=_index("sky", sky, SKIES))
+    )
+
+
+def change_light(scene: Scene, direction: str | None = None, warmth: str | None = None) -> Edit:
+    """Light from another of DIRECTIONS, of another of WARMTHS, or both; None keeps what there is."""
+    values = {}
+    if direction is not None:
+        values["light_azimuth"] = list(DIRECTIONS.values())[_index("light direction", direction, DIRECTIONS)]
+    if warmth is not None:
+        values["warmth"] = list(WARMTHS.values())[_index("light warmth", warmth, WARMTHS)]
+    return _whole("light", describe_light, scene, _set(scene, None, **values))

@@ -3,8 +3,8 @@
     encode:  [B, h, w, 3] in [-1, 1]  ->  encoder, quant_conv  ->  nearest codebook row  ->  int32 [B, h/f, w/f]
     decode:  codes  ->  codebook rows, post_quant_conv, decoder  ->  [B, h, w, 3], about [-1, 1], not clamped
 
-Parameter paths follow Meta's checkpoint (encoder.down.0.block.0.conv1 ...); kernels are [height, width, in, out]. The
-tokenizer runs in float32: in 16 bits, codes flip.
+Parameter paths are those of Meta's checkpoint (encoder.down.0.block.0.conv1.weight ...); kernels are [height, width,
+in, out]. The tokenizer runs in float32, products at full precision: in 16 bits or TF32, codes flip.
 """
 
 from __future__ import annotations
@@ -17,6 +17,17 @@ from xprompt_jax.config import VQConfig
 from xprompt_jax.errors import UserError
 
 _EPS = 1e-6
+_CODES_AT_ONCE = 1024  # bounds the distances held in memory: 4 KB per place
+
+
+def _groups(channels: int) -> int:
+    """Groups of every GroupNorm, from the width of the first level: 32, as in Chameleon, where they divide it.
+
+    Narrower models take Chameleon's four channels a group: groups of one channel erase the brightness of a picture.
+    """
+    if channels % 32 and channels % 4:
+        raise UserError(f"vq.channels {channels} must be a multiple of 4")
+    return 32 if channels % 32 == 0 else channels // 4
 
 
 class Conv(nnx.Module):
@@ -39,26 +50,30 @@ class Conv(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """GroupNorm of 32 groups (fewer where there are fewer channels)."""
+    """GroupNorm."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, groups: int):
         self.weight, self.bias = nnx.Param(jnp.ones(channels)), nnx.Param(jnp.zeros(channels))
-        self.groups = min(32, channels)
+        self.groups = groups
+
+    def _pool(self, x: jax.Array) -> jax.Array:
+        """[B, h, w, C] -> [B, 1, 1, C]: the mean of each channel's group."""
+        mean = jnp.mean(x, axis=(1, 2), keepdims=True)
+        groups = mean.reshape(*mean.shape[:3], self.groups, -1)
+        return jnp.broadcast_to(jnp.mean(groups, axis=-1, keepdims=True), groups.shape).reshape(mean.shape)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        g = x.reshape(*x.shape[:3], self.groups, -1)
-        mean = jnp.mean(g, axis=(1, 2, 4), keepdims=True)
-        variance = jnp.mean((g - mean) ** 2, axis=(1, 2, 4), keepdims=True)
-        return ((g - mean) * jax.lax.rsqrt(variance + _EPS)).reshape(x.shape) * self.weight[...] + self.bias[...]
+        x = x - self._pool(x)
+        return x * (jax.lax.rsqrt(self._pool(x * x) + _EPS) * self.weight[...]) + self.bias[...]
 
 
 class ResBlock(nnx.Module):
     """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1x1 convolution on x where the channels change."""
 
-    def __init__(self, key: jax.Array, inputs: int, outputs: int):
+    def __init__(self, key: jax.Array, inputs: int, outputs: int, groups: int):
         keys = jax.random.split(key, 3)
-        self.norm1, self.conv1 = Norm(inputs), Conv(keys[0], inputs, outputs)
-        self.norm2, self.conv2 = Norm(outputs), Conv(keys[1], outputs, outputs)
+        self.norm1, self.conv1 = Norm(inputs, groups), Conv(keys[0], inputs, outputs)
+        self.norm2, self.conv2 = Norm(outputs, groups), Conv(keys[1], outputs, outputs)
         if inputs != outputs:
             self.nin_shortcut = Conv(keys[2], inputs, outputs, 1)
 
@@ -71,9 +86,9 @@ class ResBlock(nnx.Module):
 class AttentionBlock(nnx.Module):
     """Single-head attention over all places, plus x."""
 
-    def __init__(self, key: jax.Array, channels: int):
+    def __init__(self, key: jax.Array, channels: int, groups: int):
         keys = jax.random.split(key, 4)
-        self.norm = Norm(channels)
+        self.norm = Norm(channels, groups)
         self.q, self.k, self.v, self.proj_out = (Conv(k, channels, channels, 1) for k in keys)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -87,11 +102,11 @@ class AttentionBlock(nnx.Module):
 class Middle(nnx.Module):
     """Residual, attention, residual."""
 
-    def __init__(self, key: jax.Array, channels: int):
+    def __init__(self, key: jax.Array, channels: int, groups: int):
         keys = jax.random.split(key, 3)
-        self.block_1 = ResBlock(keys[0], channels, channels)
-        self.attn_1 = AttentionBlock(keys[1], channels)
-        self.block_2 = ResBlock(keys[2], channels, channels)
+        self.block_1 = ResBlock(keys[0], channels, channels, groups)
+        self.attn_1 = AttentionBlock(keys[1], channels, groups)
+        self.block_2 = ResBlock(keys[2], channels, channels, groups)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -111,9 +126,9 @@ class Resample(nnx.Module):
 class Level(nnx.Module):
     """Residual blocks at one resolution, then a change of resolution (absent at the last)."""
 
-    def __init__(self, key: jax.Array, inputs: int, outputs: int, blocks: int, resample: str | None):
+    def __init__(self, key: jax.Array, inputs: int, outputs: int, groups: int, blocks: int, resample: str | None):
         keys = jax.random.split(key, blocks + 1)
-        self.block = nnx.List([ResBlock(k, inputs if i == 0 else outputs, outputs) for i, k in enumerate(keys[1:])])
+        self.block = nnx.List([ResBlock(k, outputs if i else inputs, outputs, groups) for i, k in enumerate(keys[1:])])
         if resample is not None:
             setattr(self, resample, Resample(keys[0], outputs, up=resample == "upsample"))
         self.resample = resample
@@ -128,17 +143,17 @@ class Encoder(nnx.Module):
     """Pixels to latents."""
 
     def __init__(self, c: VQConfig, key: jax.Array):
-        widths = [c.channels * m for m in c.channel_multipliers]
+        widths, groups = [c.channels * m for m in c.channel_multipliers], _groups(c.channels)
         keys = jax.random.split(key, len(widths) + 3)
         self.conv_in = Conv(keys[0], 3, c.channels)
         inputs = [c.channels, *widths[:-1]]
         last = len(widths) - 1
         self.down = nnx.List([
-            Level(keys[3 + i], a, b, c.num_res_blocks, "downsample" if i < last else None)
+            Level(keys[3 + i], a, b, groups, c.num_res_blocks, "downsample" if i < last else None)
             for i, (a, b) in enumerate(zip(inputs, widths, strict=True))
         ])  # fmt: skip
-        self.mid = Middle(keys[1], widths[-1])
-        self.norm_out, self.conv_out = Norm(widths[-1]), Conv(keys[2], widths[-1], c.latent_channels)
+        self.mid = Middle(keys[1], widths[-1], groups)
+        self.norm_out, self.conv_out = Norm(widths[-1], groups), Conv(keys[2], widths[-1], c.latent_channels)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.conv_in(x)
@@ -151,16 +166,16 @@ class Decoder(nnx.Module):
     """Latents to pixels; `up` is stored from fine to coarse and runs from its end (trap 12)."""
 
     def __init__(self, c: VQConfig, key: jax.Array):
-        widths = [c.channels * m for m in c.channel_multipliers]
+        widths, groups = [c.channels * m for m in c.channel_multipliers], _groups(c.channels)
         keys = jax.random.split(key, len(widths) + 3)
         self.conv_in = Conv(keys[0], c.latent_channels, widths[-1])
-        self.mid = Middle(keys[1], widths[-1])
+        self.mid = Middle(keys[1], widths[-1], groups)
         inputs = [*widths[1:], widths[-1]]
         self.up = nnx.List([
-            Level(keys[3 + i], a, b, c.num_res_blocks + 1, "upsample" if i > 0 else None)
+            Level(keys[3 + i], a, b, groups, c.num_res_blocks + 1, "upsample" if i > 0 else None)
             for i, (a, b) in enumerate(zip(inputs, widths, strict=True))
         ])  # fmt: skip
-        self.norm_out, self.conv_out = Norm(widths[0]), Conv(keys[2], widths[0], 3)
+        self.norm_out, self.conv_out = Norm(widths[0], groups), Conv(keys[2], widths[0], 3)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.mid(self.conv_in(x))
@@ -170,14 +185,40 @@ class Decoder(nnx.Module):
 
 
 class Codebook(nnx.Module):
-    """The rows that codes stand for."""
+    """The vectors that codes stand for."""
 
     def __init__(self, c: VQConfig, key: jax.Array):
-        self.embedding = nnx.Param(jax.random.uniform(key, (c.num_codes, c.embed_dim), minval=-1 / c.num_codes, maxval=1 / c.num_codes))
+        bound = 1 / c.num_codes
+        rows = jax.random.uniform(key, (c.num_codes, c.embed_dim), minval=-bound, maxval=bound)
+        self.embedding = nnx.Dict(weight=nnx.Param(rows))
+
+    @property
+    def rows(self) -> jax.Array:
+        """float32 [num_codes, C]."""
+        return self.embedding.weight[...]
+
+    def __call__(self, latent: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[..., C] -> (int32 [...] codes of the nearest rows, lowest code first in a tie; those rows [..., C])."""
+        rows = self.rows
+        best = jnp.full(latent.shape[:-1], jnp.inf, jnp.float32)
+        codes = jnp.zeros(latent.shape[:-1], jnp.int32)
+        for start in range(0, len(rows), _CODES_AT_ONCE):
+            part = rows[start : start + _CODES_AT_ONCE]
+            # Without |latent|^2, which is the same for all rows.
+            product = jnp.einsum("...c,nc->...n", latent, part, precision="highest")
+            distance = jnp.sum(part * part, axis=-1) - 2 * product
+            nearest = jnp.min(distance, axis=-1)
+            codes = jnp.where(nearest < best, start + jnp.argmin(distance, axis=-1).astype(jnp.int32), codes)
+            best = jnp.minimum(best, nearest)
+        return codes, rows[codes]
 
 
 class VQGAN(nnx.Module):
-    """Encoder, codebook and decoder; parameters in float32."""
+    """Encoder, codebook and decoder; parameters in float32. Sides may be any multiple of `config.downsample`.
+
+    Raises:
+      UserError: `config.channels` is not a multiple of 4.
+    """
 
     def __init__(self, config: VQConfig, key: jax.Array):
         keys = jax.random.split(key, 5)
@@ -188,31 +229,24 @@ class VQGAN(nnx.Module):
         self.post_quant_conv = Conv(keys[4], config.embed_dim, config.latent_channels, 1)
 
     def encode(self, pixels: jax.Array) -> jax.Array:
-        """float32 [B, h, w, 3] in [-1, 1] -> int32 [B, h/f, w/f] codes.
+        """float32 [B, h, w, 3] in [-1, 1] -> int32 [B, h/f, w/f] codes, f = `config.downsample`.
 
         Raises:
-          UserError: h or w is not a multiple of the downsampling factor f.
+          UserError: h or w is not a positive multiple of f.
         """
-        return self.nearest(self.encode_latent(pixels))
-
-    def encode_latent(self, pixels: jax.Array) -> jax.Array:
-        """[B, h, w, 3] -> [B, h/f, w/f, C], before quantisation."""
-        f = self.config.downsample
-        if pixels.shape[1] % f or pixels.shape[2] % f:
-            raise UserError(f"an image of {pixels.shape[2]} x {pixels.shape[1]} pixels: both sides must be multiples of {f}")
-        return self.quant_conv(self.encoder(pixels))
-
-    def nearest(self, latent: jax.Array) -> jax.Array:
-        """[..., C] -> int32 [...]: the nearest codebook row; the lowest index wins a tie."""
-        book = self.quantize.embedding[...]
-        product = jnp.einsum("...c,nc->...n", latent, book, precision="highest")
-        # |h|^2 is the same for all rows and does not move the minimum.
-        return jnp.argmin(jnp.sum(book * book, axis=-1) - 2 * product, axis=-1).astype(jnp.int32)
+        return self.quantize(self.encode_latent(pixels))[0]
 
     def decode(self, codes: jax.Array) -> jax.Array:
-        """int32 [B, rows, columns] -> float32 [B, rows*f, columns*f, 3]."""
-        return self.decode_latent(self.quantize.embedding[...][codes])
+        """int32 [B, rows, columns] -> float32 [B, rows*f, columns*f, 3], about [-1, 1], not clamped."""
+        return self.decode_latent(self.quantize.rows[codes])
+
+    def encode_latent(self, pixels: jax.Array) -> jax.Array:
+        """[B, h, w, 3] -> [B, h/f, w/f, C], before quantisation; raises like `encode`."""
+        f, (h, w) = self.config.downsample, pixels.shape[1:3]
+        if h % f or w % f or not h or not w:
+            raise UserError(f"an image of {w} x {h} pixels: both sides must be multiples of {f}; resize or crop it")
+        return self.quant_conv(self.encoder(pixels))
 
     def decode_latent(self, latent: jax.Array) -> jax.Array:
-        """[B, rows, columns, C] quantised latents -> pixels."""
+        """[B, rows, columns, C], quantised or not -> pixels [B, rows*f, columns*f, 3]."""
         return self.decoder(self.post_quant_conv(latent))

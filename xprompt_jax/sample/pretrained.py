@@ -2,7 +2,11 @@
 
     config.json           ModelConfig
     text_tokenizer.json   words and special ids
-    params/               Orbax: the decoder under "decoder.", the VQGAN under "vqgan."
+    params/               Orbax: the decoder, flat names
+    vqgan/                Orbax: the image tokenizer, flat names
+    vqgan.json            VQConfig
+
+A token store carries the last two and the text tokenizer too (`save_tokenizers`), so that it explains itself.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xprompt_jax.checkpoint import load_params, save_params
-from xprompt_jax.config import ComputeConfig, ModelConfig, load_json, to_json
+from xprompt_jax.config import ComputeConfig, ModelConfig, VQConfig, load_json, to_json
 from xprompt_jax.errors import UserError
 from xprompt_jax.files import atomic_path
 from xprompt_jax.mesh import sharding_for
@@ -30,13 +34,30 @@ from xprompt_jax.tokens import Tokenizer
 def save(model: XPrompt, folder: str | Path) -> None:
     """Writes a model folder, whole or not at all."""
     with atomic_path(folder) as temporary:
-        temporary.mkdir()
+        save_tokenizers(temporary, model.vqgan, model.tokenizer)
         (temporary / "config.json").write_text(to_json(model.config))
-        model.tokenizer.save(temporary / "text_tokenizer.json")
-        save_params(temporary / "params", {
-            **{f"decoder.{name}": value for name, value in flatten(model.decoder).items()},
-            **{f"vqgan.{name}": value for name, value in flatten(model.vqgan).items()},
-        })  # fmt: skip
+        save_params(temporary / "params", flatten(model.decoder))
+
+
+def save_tokenizers(folder: str | Path, vqgan: VQGAN, tokenizer: Tokenizer) -> None:
+    """Writes the text and the image tokenizer into a new folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    tokenizer.save(folder / "text_tokenizer.json")
+    (folder / "vqgan.json").write_text(to_json(vqgan.config))
+    save_params(folder / "vqgan", flatten(vqgan))
+
+
+def load_tokenizers(folder: str | Path) -> tuple[VQGAN, Tokenizer]:
+    """Reads what `save_tokenizers` wrote.
+
+    Raises:
+      UserError: a file is missing or damaged.
+    """
+    folder = Path(folder)
+    abstract = jax.eval_shape(lambda: VQGAN(load_json(VQConfig, folder / "vqgan.json"), jax.random.key(0)))
+    vqgan = unflatten(abstract, load_params(folder / "vqgan", flatten(abstract)))
+    return vqgan, Tokenizer.from_file(folder / "text_tokenizer.json")
 
 
 def load(folder: str | Path, *, compute: ComputeConfig | None = None, mesh: jax.sharding.Mesh | None = None, dtype=None) -> XPrompt:
@@ -49,31 +70,24 @@ def load(folder: str | Path, *, compute: ComputeConfig | None = None, mesh: jax.
       dtype: of the decoder's weights; None takes the compute type. The VQGAN stays in float32, or codes would flip.
 
     Raises:
-      UserError: the folder is missing or incomplete.
+      UserError: the folder is missing, incomplete or damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such model folder")
-    for name in ("config.json", "text_tokenizer.json", "params"):
+    for name in ("config.json", "text_tokenizer.json", "params", "vqgan", "vqgan.json"):
         if not (folder / name).exists():
-            raise UserError(f"{folder}: no {name}: not a model folder of ours; convert other formats with `xprompt convert`")
+            raise UserError(f"{folder}: no {name}: not a complete model folder of ours; train one, or copy it again")
     config = load_json(ModelConfig, folder / "config.json")
     compute = compute or ComputeConfig(dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
-    dtype = jnp.dtype(dtype or compute.dtype)
-    decoder, vqgan = abstract_model(config, dtype), jax.eval_shape(lambda: VQGAN(config.vq, jax.random.key(0)))
+    decoder = abstract_model(config, jnp.dtype(dtype or compute.dtype))
 
     def placed(name: str, value: jax.ShapeDtypeStruct):
         sharding = None if mesh is None else sharding_for(mesh, logical_axes(name), value.shape)
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
 
-    like = {f"decoder.{name}": placed(name, value) for name, value in flatten(decoder).items()}
-    like |= {f"vqgan.{name}": value for name, value in flatten(vqgan).items()}
-    params = load_params(folder / "params", like)
-    part = lambda prefix: {n.removeprefix(prefix): v for n, v in params.items() if n.startswith(prefix)}  # noqa: E731
-    return XPrompt(
-        unflatten(decoder, part("decoder.")), unflatten(vqgan, part("vqgan.")),
-        Tokenizer.from_file(folder / "text_tokenizer.json"), compute=compute,
-    )  # fmt: skip
+    params = load_params(folder / "params", {name: placed(name, value) for name, value in flatten(decoder).items()})
+    return XPrompt(unflatten(decoder, params), *load_tokenizers(folder), compute=compute)
 
 
 def fingerprint(config: ModelConfig, params: Mapping[str, jax.Array], tokenizer: Tokenizer) -> str:

@@ -1,0 +1,115 @@
+"""One table says where things live, and mistakes in it are refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from tests.helpers import TINY
+from xprompt_jax.config import PRESETS, MeshConfig
+from xprompt_jax.errors import UserError
+from xprompt_jax.mesh import constrain, make_mesh, report, shard_batch, sharding_for, spec, start_distributed
+from xprompt_jax.model.chameleon import abstract_model
+from xprompt_jax.model.params import flatten, logical_axes
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [(MeshConfig(), (1, 8, 1)), (MeshConfig(2, -1, 2), (2, 2, 2)), (MeshConfig(-1, 1, 4), (2, 1, 4)), (MeshConfig(8, 1, 1), (8, 1, 1))],
+    ids=str,
+)
+def test_mesh_fills_what_is_left(config, sizes):
+    assert dict(make_mesh(config).shape) == dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+
+
+@pytest.mark.parametrize("config", [MeshConfig(3, -1, 1), MeshConfig(2, 2, 1), MeshConfig(-1, -1, 1), MeshConfig(0, -1, 1)], ids=str)
+def test_mesh_that_does_not_fit_is_refused(config):
+    with pytest.raises(UserError, match="mesh data="):
+        make_mesh(config)
+
+
+def test_every_parameter_has_a_partition_without_collision():
+    for preset in ("7b", "30b", "mini"):
+        for name, p in flatten(abstract_model(PRESETS[preset])).items():
+            assert len(spec(*logical_axes(name))) == p.ndim, name
+    assert spec("batch", "slots", "act_embed") == P(("data", "fsdp"), None, None)
+    assert spec(*logical_axes("blocks.attention.wq")) == P(None, "fsdp", "tensor", None)
+
+
+@pytest.mark.parametrize("axes", [("batch", "embed"), ("heads", "vocab"), ("ffn", "ffn")], ids=str)
+def test_colliding_axes_are_refused(axes):
+    with pytest.raises(ValueError, match="mesh axis"):
+        spec(*axes)
+
+
+def test_unknown_axis_is_refused():
+    with pytest.raises(ValueError, match="emebd"):
+        spec("emebd")
+
+
+def test_axis_that_does_not_divide_stays_whole():
+    mesh = make_mesh(MeshConfig(1, 2, 4))
+    axes = logical_axes("blocks.attention.wk")
+    assert sharding_for(mesh, axes, (2, 32, 2, 8)).spec == P(None, "fsdp", None, None)
+    assert sharding_for(mesh, axes, (2, 32, 4, 8)).spec == P(None, "fsdp", "tensor", None)
+    with pytest.raises(ValueError):
+        sharding_for(mesh, axes, (2, 32))
+
+
+def test_constrain_places_under_a_mesh_and_is_nothing_without():
+    x = jnp.arange(8 * 3 * 4.0).reshape(8, 3, 4)
+    np.testing.assert_array_equal(constrain(x, "batch", "slots", "heads"), x)
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    with jax.set_mesh(mesh):
+        y = jax.jit(lambda x: constrain(x + 0, "batch", "slots", "heads"))(x)
+        odd = jax.jit(lambda x: constrain(x + 0, "batch", "slots", "heads"))(x[:3, :, :3])
+    assert y.sharding.shard_shape(y.shape) == (2, 3, 2)
+    np.testing.assert_array_equal(y, x)
+    np.testing.assert_array_equal(odd, x[:3, :, :3])
+
+
+def test_batch_rows_go_over_data_and_fsdp_in_order():
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    rows = np.arange(8 * 5, dtype=np.int32).reshape(8, 5)
+    batch = shard_batch({"in_context": {"ids": rows, "example_lengths": np.zeros((8, 0), np.int32)}}, mesh)
+    ids = batch["in_context"]["ids"]
+    assert ids.sharding.shard_shape(ids.shape) == (2, 5)
+    np.testing.assert_array_equal(ids, rows)
+    assert batch["in_context"]["example_lengths"].shape == (8, 0)
+
+
+def test_report_tells_bytes_and_what_learns():
+    mesh = make_mesh(MeshConfig(1, 4, 2))
+    params = flatten(abstract_model(TINY))
+    lines = report(params, logical_axes, mesh, {"xp"}).splitlines()
+    assert len(lines) == len(params) + 1
+    state = {line.split()[0]: line.split()[-1] for line in lines[:-1]}
+    assert [name for name, word in state.items() if word == "trained"] == ["xp"]
+    assert f"{sum(p.size for p in params.values()):,} parameters" in lines[-1]
+    params = flatten(abstract_model(PRESETS["7b"]))
+    head = next(line for line in report(params, logical_axes, mesh, set()).splitlines() if line.startswith("head "))
+    assert f"{4096 * 65536 * 4 / 8 / 2**20:.2f} MiB" in head  # split over fsdp=4 and tensor=2
+
+
+def test_large_tensor_on_every_device_is_refused():
+    wide = {"head": jax.ShapeDtypeStruct((4099, 2053), jnp.float32)}  # primes: nothing divides them
+    with pytest.raises(UserError, match="head"):
+        report(wide, logical_axes, make_mesh(MeshConfig(1, 4, 2)), {"head"})
+    report(wide, logical_axes, make_mesh(MeshConfig(8, 1, 1)), {"head"})  # plain data parallelism copies on purpose
+    small = {"head": jax.ShapeDtypeStruct((41, 20), jnp.float32)}
+    report(small, logical_axes, make_mesh(MeshConfig(1, 4, 2)), {"head"})
+
+
+def test_one_process_starts_alone(monkeypatch):
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    start_distributed("off")
+    start_distributed("auto")
+    assert jax.process_count() == 1
+
+
+@pytest.mark.parametrize("mode", ["on", "host:1234", "host,2,0", "host:1234,two,0"])
+def test_malformed_start_is_refused(mode):
+    with pytest.raises(UserError, match="--distributed"):
+        start_distributed(mode)

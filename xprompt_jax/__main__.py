@@ -1,0 +1,5 @@
+"""`python -m xprompt_jax` is `xprompt`."""
+
+from xprompt_jax.cli import main
+
+main()

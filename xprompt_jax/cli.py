@@ -1,6 +1,6 @@
 """In-context image generation: train on image pairs, compile an example, do the same to new images.
 
-The command line, `xprompt demo | tokenize | train | compile | sample | describe`. Each command is a dataclass of flags with a `run` method. A mistake is one line on stderr and exit code 2. Heavy imports
+The command line, `xprompt demo | tokenize | train | convert | compile | sample | describe`. Each command is a dataclass of flags with a `run` method. A mistake is one line on stderr and exit code 2. Heavy imports
 stay inside `run`, so that `--help` answers at once.
 """
 
@@ -159,6 +159,40 @@ class Train:
 
 
 @dataclass
+class Convert:
+    """Convert a model between our format and Hugging Face's, exactly.
+
+    Example: xprompt convert --source anole-7b-hf --out models/anole-7b
+    """
+
+    source: Path
+    """Model folder: ours (Orbax), or Hugging Face safetensors with config.json and tokenizer.json."""
+    out: Path
+    """Folder to write."""
+    to: Literal["xprompt", "huggingface"] = "xprompt"
+    """Format to write."""
+    num_xp_tokens: int = 64
+    """XP tokens to add to a model that has none."""
+
+    def run(self) -> None:
+        """Writes the folder."""
+        if not self.source.is_dir():
+            raise UserError(f"--source {self.source}: no such folder")
+        if self.num_xp_tokens < 1:
+            raise UserError("--num-xp-tokens must be at least 1")
+        from xprompt_jax.sample import pretrained
+
+        foreign = any(self.source.glob("*.safetensors"))
+        load = pretrained.load_huggingface if foreign else pretrained.load
+        model = load(self.source, **({"num_xp_tokens": self.num_xp_tokens} if foreign else {}))
+        if self.to == "huggingface":
+            pretrained.export_huggingface(model, self.out)
+        else:
+            model.save_pretrained(self.out)
+        print(f"{self.out}: model {model.fingerprint}")
+
+
+@dataclass
 class Compile:
     """Turn example pairs into a small file that does the same to any image.
 
@@ -279,7 +313,7 @@ class Describe:
         print(model.describe([pair], seed=self.seed, temperature=self.temperature))
 
 
-COMMANDS = {"demo": Demo, "tokenize": Tokenize, "train": Train, "compile": Compile, "sample": Sample, "describe": Describe}
+COMMANDS = {"demo": Demo, "tokenize": Tokenize, "train": Train, "convert": Convert, "compile": Compile, "sample": Sample, "describe": Describe}
 
 
 def _model_folder(path: Path) -> Path:
@@ -307,7 +341,7 @@ def load_config(path: Path) -> Config:
     return config
 
 
-def parse(arguments: Sequence[str]) -> Demo | Tokenize | Train | Compile | Sample | Describe:
+def parse(arguments: Sequence[str]) -> Demo | Tokenize | Train | Convert | Compile | Sample | Describe:
     """Flags -> a command. `train` takes its defaults from the file that --config or --workdir names."""
     name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if name not in COMMANDS:

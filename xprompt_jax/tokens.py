@@ -143,6 +143,10 @@ class Tokenizer:
         """Writes the same JSON that `from_file` reads."""
         self._backend.save(str(path))
 
+    def words(self) -> dict[str, int]:
+        """Every name in the vocabulary and its id."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits of SHA-256 over the tokenizer's JSON."""

@@ -57,7 +57,7 @@ def rain(image, rng, *, angle: float, density: float, length: float, depth=None)
 
     Args:
       angle: lean from the vertical, positive to the right at the top.
-      density: streaks per pixel of one layer, about 0.01 to 0.06.
+      density: streaks per pixel of one layer, about 0.005 to 0.025.
       length: streak length of the nearest layer.
     """
     out, (h, w) = image.astype(np.float64), image.shape[:2]
@@ -100,7 +100,7 @@ def haze(image, *, beta: float, airlight: tuple[int, int, int], depth=None) -> n
 
 def pixelate(image, *, block: float) -> np.ndarray:
     """Mean over square blocks (at least 2 pixels wide; the last row and column of blocks may be narrower)."""
-    size, (h, w) = int(round(_pixels(block, image, 2))), image.shape[:2]
+    size, (h, w) = round(_pixels(block, image, 2)), image.shape[:2]
     rows, columns = np.arange(0, h, size), np.arange(0, w, size)
     sums = np.add.reduceat(np.add.reduceat(image.astype(np.float64), rows, 0), columns, 1)
     heights, widths = np.diff(np.append(rows, h)), np.diff(np.append(columns, w))

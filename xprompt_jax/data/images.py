@@ -19,56 +19,80 @@ import PIL.ImageOps
 from xprompt_jax.errors import UserError
 from xprompt_jax.files import atomic_path
 
-MAX_PIXELS = 100_000_000
-"""Larger images are refused before their pixels are read: 30000 x 30000 would take 2.7 GB."""
+MAX_PIXELS = 89_000_000
+"""Larger images are refused before their pixels are decoded: 30000 x 30000 would take 2.7 GB."""
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"})
 
 
 def open_image(source: Any) -> PIL.Image.Image:
-    """A path, bytes, PIL image or uint8 array [h, w, 3] (or [h, w]) -> RGB image.
+    """A path, bytes, PIL image or uint8 array [h, w], [h, w, 3] or [h, w, 4] -> RGB image.
 
     Raises:
       UserError: not an image, damaged, empty, too large, or unreadable.
     """
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim not in (2, 3) or (source.ndim == 3 and source.shape[2] not in (3, 4)) or not source.size:
-            raise UserError(f"an image array must be uint8 [height, width, 3], not {source.dtype} {list(source.shape)}")
-        return _to_rgb(PIL.Image.fromarray(source))
-    if isinstance(source, PIL.Image.Image):
-        return _to_rgb(source)
-    name = str(source) if isinstance(source, str | os.PathLike) else "image"
-    try:
-        data = bytes(source) if isinstance(source, bytes | bytearray | memoryview) else Path(source).read_bytes()
-    except OSError as e:
-        raise UserError(f"{name}: cannot read: {e.strerror}") from None
+    if isinstance(source, str | os.PathLike):
+        name, data = str(source), _read(Path(source))
+    elif isinstance(source, bytes | bytearray | memoryview):
+        name, data = f"image of {len(source)} bytes", bytes(source)
+    elif isinstance(source, PIL.Image.Image):
+        return _decode(source, getattr(source, "filename", "") or "image")
+    elif hasattr(source, "__array__"):
+        return _to_rgb(_from_array(np.asarray(source)))
+    else:
+        raise UserError(f"an image must be a path, bytes, a PIL image or a uint8 array, not {type(source).__name__}")
     if not data:
-        raise UserError(f"{name}: the file is empty; replace or remove it")
+        raise UserError(f"{name}: empty; replace or remove it")
+    # Decoders meet hostile bytes with nearly any exception (struct.error, zlib.error, KeyError, ...).
     try:
         image = PIL.Image.open(io.BytesIO(data))
-    except (PIL.UnidentifiedImageError, PIL.Image.DecompressionBombError, OSError, ValueError, SyntaxError) as e:
-        if isinstance(e, PIL.Image.DecompressionBombError):
-            raise UserError(f"{name}: more than {MAX_PIXELS:,} pixels; make it smaller") from None
-        raise UserError(f"{name}: not an image file that can be read; replace or remove it") from None
+    except PIL.Image.DecompressionBombError:
+        raise UserError(f"{name}: more than {MAX_PIXELS:,} pixels; make it smaller") from None
+    except Exception:
+        raise UserError(f"{name}: not an image, or of an unknown format; convert it to PNG or remove it") from None
+    return _decode(image, name)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; correct the path") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot read: {e.strerror}; give an image file that you may read") from None
+    except ValueError as e:  # a zero byte in the name
+        raise UserError(f"{str(path)!r}: {e}; correct the path") from None
+
+
+def _from_array(array: np.ndarray) -> PIL.Image.Image:
+    if array.dtype != np.uint8 or not (array.ndim == 2 or array.ndim == 3 and array.shape[2] in (3, 4)) or not array.size:
+        raise UserError(f"an image array must be uint8 [height, width, 3], not {array.dtype} {list(array.shape)}")
+    return PIL.Image.fromarray(array)
+
+
+def _decode(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise UserError(f"{name}: {image.width} x {image.height} is more than {MAX_PIXELS:,} pixels; make it smaller")
     try:
         image.load()
         return _to_rgb(image)
-    except (OSError, ValueError, SyntaxError, EOFError) as e:
-        raise UserError(f"{name}: the image is damaged or cut short ({e}); replace or remove it") from None
+    except Exception as e:
+        raise UserError(f"{name}: damaged or cut short ({e}); replace or remove it") from None
 
 
 def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    image = PIL.ImageOps.exif_transpose(image)
-    if image.mode == "RGB":
+    try:
+        image = PIL.ImageOps.exif_transpose(image)
+    except Exception:  # unreadable EXIF says nothing about the pixels
+        pass
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):  # 16 or 32 bits per pixel; 16-bit files may open as either
-        values = np.asarray(image).astype(np.float64)
-        return PIL.Image.fromarray((values / 257.0).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I"):  # 16 bits per pixel, in 16 or 32
+        levels = np.asarray(image).astype(np.float64) / 257.0
+        return PIL.Image.fromarray(levels.clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         return PIL.Image.fromarray(np.asarray(image).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "L", "1") and "transparency" not in image.info:
+    if not image.has_transparency_data:
         return image.convert("RGB")
     rgba = np.asarray(image.convert("RGBA")).astype(np.float64)
     alpha = rgba[..., 3:] / 255.0
@@ -76,9 +100,15 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def resize_center_crop(image: PIL.Image.Image, size: int) -> np.ndarray:
-    """uint8 [size, size, 3]: short side to `size` (LANCZOS, rounded sides), then the centre."""
+    """uint8 [size, size, 3]: short side to `size` (LANCZOS, rounded sides), then the centre (offset rounded down).
+
+    Raises:
+      UserError: the image is so narrow that its long side would become enormous.
+    """
     scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
+    width, height = (round(side * scale) for side in image.size)
+    if width * height > MAX_PIXELS:
+        raise UserError(f"an image of {image.width} x {image.height} is too narrow to be {size} pixels wide; crop it")
     resized = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
     left, top = (width - size) // 2, (height - size) // 2
     return np.asarray(resized.crop((left, top, left + size, top + size)))
@@ -90,7 +120,7 @@ def to_pixels(image: np.ndarray) -> np.ndarray:
 
 
 def preprocess(image: PIL.Image.Image, size: int) -> np.ndarray:
-    """float32 [size, size, 3] in [-1, 1], Chameleon's input."""
+    """float32 [size, size, 3] in [-1, 1], Chameleon's input; raises like `resize_center_crop`."""
     return to_pixels(resize_center_crop(image, size))
 
 
@@ -100,28 +130,32 @@ def postprocess(pixels: np.ndarray) -> np.ndarray:
 
 
 def list_images(folder: str | os.PathLike) -> list[Path]:
-    """All image files below a folder, by extension, sorted by path.
+    """All image files below a folder, by extension, sorted by path; hidden files are left out.
 
     Raises:
       UserError: no such folder, unreadable, or no image in it.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
 
     def fail(error: OSError):
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise UserError(f"{folder}: no such folder; give a folder of images") from None
         raise UserError(f"{error.filename}: cannot read the folder: {error.strerror}; change its permissions") from None
 
     found = [
         Path(root) / name for root, _, names in os.walk(folder, onerror=fail) for name in names
-        if Path(name).suffix.lower() in EXTENSIONS
+        if Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")
     ]  # fmt: skip
     if not found:
-        raise UserError(f"{folder}: no image files ({', '.join(sorted(EXTENSIONS))}) in it")
+        raise UserError(f"{folder}: no image files ({', '.join(sorted(EXTENSIONS))}) in it; give another folder")
     return sorted(found)
 
 
-def save_png(image: Any, path: str | os.PathLike) -> None:
-    """Writes a PNG, whole or not at all."""
+def save_png(image: PIL.Image.Image | np.ndarray, path: str | os.PathLike) -> None:
+    """Writes a PNG, whole or not at all; an array is uint8 [h, w] or [h, w, 3].
+
+    Raises:
+      UserError: the place cannot be written.
+    """
     with atomic_path(path) as temporary:
         (image if isinstance(image, PIL.Image.Image) else PIL.Image.fromarray(image)).save(temporary, "PNG")

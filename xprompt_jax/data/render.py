@@ -219,9 +219,7 @@ def _albedo(scene: Scene, direction, t, slot, local):
     seam = jnp.minimum(jnp.abs(x - jnp.round(x)), jnp.abs(z - jnp.round(z))) < 0.06
     kind = scene.floor_kind
     dark = ((kind == 1) & _parity(x, z)) | ((kind == 2) & _parity(x)) | ((kind == 3) & seam)
-    floor = jnp.asarray(_FLOOR_TABLE)[scene.floor_color][:, None] * jnp.where(
-        dark, 1 - 0.35 * jnp.exp(-((t / 14) ** 2)), 1.0
-    )
+    floor = jnp.asarray(_FLOOR_TABLE)[scene.floor_color][:, None] * jnp.where(dark, 1 - 0.35 * jnp.exp(-((t / 14) ** 2)), 1.0)
     return jnp.where(slot < 0, floor, solid), (slot >= 0) & (material == 1)
 
 

@@ -14,8 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from xprompt_jax.data.render import (
-    COLORS, FLOOR_COLORS, FLOOR_KINDS, MATERIALS, MAX_OBJECTS, SHAPES, SKIES, Render, Scene, render, render_batch,
-)  # fmt: skip
+    COLORS,
+    FLOOR_COLORS,
+    FLOOR_KINDS,
+    MATERIALS,
+    MAX_OBJECTS,
+    SHAPES,
+    SKIES,
+    Render,
+    Scene,
+    render,
+    render_batch,
+)
 from xprompt_jax.errors import UserError
 
 __all__ = [
@@ -98,9 +108,7 @@ def article(words: str) -> str:
 def describe_object(scene: Scene, i: int) -> str:
     """Such as "large red shiny sphere"."""
     size = "large" if float(scene.size[i]) >= LARGE else "small"
-    return (
-        f"{size} {list(COLORS)[int(scene.color[i])]} {MATERIALS[int(scene.material[i])]} {SHAPES[int(scene.shape[i])]}"
-    )
+    return f"{size} {list(COLORS)[int(scene.color[i])]} {MATERIALS[int(scene.material[i])]} {SHAPES[int(scene.shape[i])]}"
 
 
 def _short(scene: Scene, i: int) -> str:
@@ -114,9 +122,7 @@ def describe_floor(scene: Scene) -> str:
 
 def describe_light(scene: Scene) -> str:
     """Such as "warm light from the left" (from the viewer's side is "front"); the nearest of the named directions."""
-    turn = {
-        name: abs((float(scene.light_azimuth) - at + np.pi) % (2 * np.pi) - np.pi) for name, at in DIRECTIONS.items()
-    }
+    turn = {name: abs((float(scene.light_azimuth) - at + np.pi) % (2 * np.pi) - np.pi) for name, at in DIRECTIONS.items()}
     warmth = min(WARMTHS, key=lambda name: abs(WARMTHS[name] - float(scene.warmth)))
     return f"{warmth} light from the {min(turn, key=turn.get)}"
 
@@ -148,8 +154,8 @@ class Edit(NamedTuple):
     after: str
 
 
-def _set(scene: Scene, i: int | None, **values) -> Scene:
-    """A copy with leaves replaced (i None) or one object's entry of them."""
+def replace_values(scene: Scene, i: int | None, **values) -> Scene:
+    """A copy with leaves replaced (i None), or object i's entry of them; as numpy arrays."""
     changed = {}
     for name, value in values.items():
         leaf = np.array(getattr(scene, name))
@@ -168,7 +174,7 @@ def add_object(scene: Scene, shape: str, color: str, material: str, size: str, p
     if not len(free):
         raise UserError(f"the scene already holds {MAX_OBJECTS} objects: remove one first")
     low, high = SIZES[list(SIZES)[_index("size", size, SIZES)]]
-    new = _set(scene, i := int(free[0]), exists=True, shape=_index("shape", shape, SHAPES), size=(low + high) / 2, yaw=yaw,
+    new = replace_values(scene, i := int(free[0]), exists=True, shape=_index("shape", shape, SHAPES), size=(low + high) / 2, yaw=yaw,
                color=_index("color", color, COLORS), material=_index("material", material, MATERIALS), position=position)  # fmt: skip
     name, full = _short(new, i), article(describe_object(new, i))
     return Edit(new, f"add {full}", f"remove the {name}", f"has no {name}", f"has {full} in addition")
@@ -177,12 +183,12 @@ def add_object(scene: Scene, shape: str, color: str, material: str, size: str, p
 def remove_object(scene: Scene, i: int) -> Edit:
     """Removes object i."""
     name, full = _short(scene, i), article(describe_object(scene, i))
-    return Edit(_set(scene, i, exists=False), f"remove the {name}", f"add {full}", f"has {full}", f"has no {name}")
+    return Edit(replace_values(scene, i, exists=False), f"remove the {name}", f"add {full}", f"has {full}", f"has no {name}")
 
 
 def recolor(scene: Scene, i: int, color: str) -> Edit:
     """Paints object i."""
-    new = _set(scene, i, color=_index("color", color, COLORS))
+    new = replace_values(scene, i, color=_index("color", color, COLORS))
     old = list(COLORS)[int(scene.color[i])]
     return Edit(new, f"make the {_short(scene, i)} {color}", f"make the {_short(new, i)} {old}", *_has(scene, new, i))
 
@@ -194,7 +200,7 @@ def _has(scene: Scene, new: Scene, i: int) -> tuple[str, str]:
 
 def replace_shape(scene: Scene, i: int, shape: str) -> Edit:
     """Makes object i another solid of the same colour, material and size."""
-    new = _set(scene, i, shape=_index("shape", shape, SHAPES))
+    new = replace_values(scene, i, shape=_index("shape", shape, SHAPES))
     old = SHAPES[int(scene.shape[i])]
     return Edit(new, f"replace the {_short(scene, i)} with {article(shape)}",
                 f"replace the {_short(new, i)} with {article(old)}", *_has(scene, new, i))  # fmt: skip
@@ -203,28 +209,24 @@ def replace_shape(scene: Scene, i: int, shape: str) -> Edit:
 def resize(scene: Scene, i: int, size: str) -> Edit:
     """Makes object i small or large, standing where it stood."""
     _index("size", size, SIZES)
-    new = _set(scene, i, size=sum(SIZES[size]) / 2)
+    new = replace_values(scene, i, size=sum(SIZES[size]) / 2)
     words = {"large": "larger", "small": "smaller"}
     back = words["small" if size == "large" else "large"]
-    return Edit(
-        new, f"make the {_short(scene, i)} {words[size]}", f"make the {_short(scene, i)} {back}", *_has(scene, new, i)
-    )
+    return Edit(new, f"make the {_short(scene, i)} {words[size]}", f"make the {_short(scene, i)} {back}", *_has(scene, new, i))
 
 
 def change_material(scene: Scene, i: int, material: str) -> Edit:
     """Gives object i another surface."""
-    new = _set(scene, i, material=_index("material", material, MATERIALS))
+    new = replace_values(scene, i, material=_index("material", material, MATERIALS))
     old = MATERIALS[int(scene.material[i])]
-    return Edit(
-        new, f"make the {_short(scene, i)} {material}", f"make the {_short(scene, i)} {old}", *_has(scene, new, i)
-    )
+    return Edit(new, f"make the {_short(scene, i)} {material}", f"make the {_short(scene, i)} {old}", *_has(scene, new, i))
 
 
 def move_object(scene: Scene, i: int, direction: str, distance: float) -> Edit:
     """Moves object i by `distance` metres "left", "right", "closer" or "away" (as the viewer sees it)."""
     steps = {"left": (-1, 0), "right": (1, 0), "closer": (0, -1), "away": (0, 1)}
     step = np.array(list(steps.values())[_index("direction", direction, steps)], np.float32)
-    new = _set(scene, i, position=np.asarray(scene.position)[i] + step * distance)
+    new = replace_values(scene, i, position=np.asarray(scene.position)[i] + step * distance)
     back = {"left": "right", "right": "left", "closer": "away", "away": "closer"}[direction]
     name, full = _short(scene, i), describe_object(scene, i)
     where = {"left": "further left", "right": "further right", "closer": "closer to the viewer", "away": "further away"}
@@ -234,7 +236,7 @@ def move_object(scene: Scene, i: int, direction: str, distance: float) -> Edit:
 
 def change_floor(scene: Scene, color: str, kind: str) -> Edit:
     """Lays another floor."""
-    new = _set(
+    new = replace_values(
         scene,
         None,
         floor_color=_index("floor color", color, FLOOR_COLORS),
@@ -250,9 +252,7 @@ def _whole(what: str, describe, scene: Scene, new: Scene) -> Edit:
 
 def change_sky(scene: Scene, sky: str) -> Edit:
     """Another sky, with its own sun and ambient colour."""
-    return _whole(
-        "sky", lambda s: f"{list(SKIES)[int(s.sky)]} sky", scene, _set(scene, None, sky=_index("sky", sky, SKIES))
-    )
+    return _whole("sky", lambda s: f"{list(SKIES)[int(s.sky)]} sky", scene, replace_values(scene, None, sky=_index("sky", sky, SKIES)))
 
 
 def change_light(scene: Scene, direction: str | None = None, warmth: str | None = None) -> Edit:
@@ -262,4 +262,4 @@ def change_light(scene: Scene, direction: str | None = None, warmth: str | None 
         values["light_azimuth"] = list(DIRECTIONS.values())[_index("light direction", direction, DIRECTIONS)]
     if warmth is not None:
         values["warmth"] = list(WARMTHS.values())[_index("light warmth", warmth, WARMTHS)]
-    return _whole("light", describe_light, scene, _set(scene, None, **values))
+    return _whole("light", describe_light, scene, replace_values(scene, None, **values))

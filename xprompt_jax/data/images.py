@@ -7,6 +7,7 @@ chameleon.md 2.5): short side to `size` by LANCZOS with rounded sides, centre cr
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from pathlib import Path
@@ -65,7 +66,7 @@ def _read(path: Path) -> bytes:
 
 
 def _from_array(array: np.ndarray) -> PIL.Image.Image:
-    if array.dtype != np.uint8 or not (array.ndim == 2 or array.ndim == 3 and array.shape[2] in (3, 4)) or not array.size:
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or not array.size:
         raise UserError(f"an image array must be uint8 [height, width, 3], not {array.dtype} {list(array.shape)}")
     return PIL.Image.fromarray(array)
 
@@ -81,10 +82,8 @@ def _decode(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
 
 
 def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    try:
+    with contextlib.suppress(Exception):  # unreadable EXIF says nothing about the pixels
         image = PIL.ImageOps.exif_transpose(image)
-    except Exception:  # unreadable EXIF says nothing about the pixels
-        pass
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):  # 16 bits per pixel, in 16 or 32

@@ -14,7 +14,7 @@ Depth, normals and labels are those of the ray through the pixel centre; rgb is 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,34 +72,37 @@ _FLOOR_TABLE = np.array(list(FLOOR_COLORS.values()), np.float32)
 _SKY_TABLE = np.array(list(SKIES.values()), np.float32)
 
 
+Array = Any  # a jax.Array on the device, numpy on the host
+
+
 class Scene(NamedTuple):
     """One scene (batched: a leading axis on every leaf). Object leaves are [MAX_OBJECTS]; the rest are scalars or as told."""
 
-    exists: jax.Array  # bool
-    shape: jax.Array  # int32, index into SHAPES
-    color: jax.Array  # int32, index into COLORS
-    material: jax.Array  # int32, index into MATERIALS
-    size: jax.Array  # float32 metres
-    position: jax.Array  # float32 [MAX_OBJECTS, 2], x and z on the floor
-    yaw: jax.Array  # float32 radians about y
-    floor_kind: jax.Array  # int32, index into FLOOR_KINDS
-    floor_color: jax.Array  # int32, index into FLOOR_COLORS
-    sky: jax.Array  # int32, index into SKIES
-    light_azimuth: jax.Array  # float32 radians, where the light comes from: 0 is ahead (+z), pi/2 is right (+x)
-    light_elevation: jax.Array  # float32 radians above the floor
-    warmth: jax.Array  # float32 -1 (cool) to 1 (warm)
-    ambient: jax.Array  # float32, multiplies the sky's ambient light
-    camera: jax.Array  # float32 [3]: height in metres, downward pitch in radians, focal length in half image heights
+    exists: Array  # bool
+    shape: Array  # int32, index into SHAPES
+    color: Array  # int32, index into COLORS
+    material: Array  # int32, index into MATERIALS
+    size: Array  # float32 metres
+    position: Array  # float32 [MAX_OBJECTS, 2], x and z on the floor
+    yaw: Array  # float32 radians about y
+    floor_kind: Array  # int32, index into FLOOR_KINDS
+    floor_color: Array  # int32, index into FLOOR_COLORS
+    sky: Array  # int32, index into SKIES
+    light_azimuth: Array  # float32 radians, where the light comes from: 0 is ahead (+z), pi/2 is right (+x)
+    light_elevation: Array  # float32 radians above the floor
+    warmth: Array  # float32 -1 (cool) to 1 (warm)
+    ambient: Array  # float32, multiplies the sky's ambient light
+    camera: Array  # float32 [3]: height in metres, downward pitch in radians, focal length in half image heights
 
 
 class Render(NamedTuple):
     """Pictures of one scene (batched: a leading axis), see the module's conventions."""
 
-    rgb: jax.Array  # uint8 [h, w, 3]
-    depth: jax.Array  # float32 [h, w], metres
-    normals: jax.Array  # float32 [h, w, 3]
-    segmentation: jax.Array  # int32 [h, w]
-    instances: jax.Array  # int32 [h, w]
+    rgb: Array  # uint8 [h, w, 3]
+    depth: Array  # float32 [h, w], metres
+    normals: Array  # float32 [h, w, 3]
+    segmentation: Array  # int32 [h, w]
+    instances: Array  # int32 [h, w]
 
 
 # Vectors are [3, R] or [3, 1]: one row per axis, R rays.
@@ -223,9 +226,8 @@ def _albedo(scene: Scene, direction, t, slot, local):
     return jnp.where(slot < 0, floor, solid), (slot >= 0) & (material == 1)
 
 
-def _shade(scene: Scene, u, v):
-    """Colour 0..1 of the rays through u, v: [3, R]."""
-    direction, t, slot, face = _trace(scene, u, v)
+def _shade(scene: Scene, direction, t, slot, face):
+    """Colour [3, R], 0..1 but for overexposed highlights, of what `_trace` found."""
     normal, local = _surface(scene, direction, t, slot, face)
     albedo, gloss = _albedo(scene, direction, t, slot, local)
     origin = jnp.stack([0.0, scene.camera[0], 0.0])[:, None]
@@ -254,8 +256,11 @@ def _grid(size: int):
 @functools.partial(jax.jit, static_argnums=1)
 def render(scene: Scene, size: int) -> Render:
     """Renders one scene at `size` x `size` pixels."""
-    rgb = _shade(scene, *_grid(2 * size)).reshape(3, size, 2, size, 2).mean((2, 4))
-    direction, t, slot, face = _trace(scene, *_grid(size))
+    fine, exact = _grid(2 * size), _grid(size)
+    direction, t, slot, face = _trace(scene, *(jnp.concatenate(pair) for pair in zip(fine, exact, strict=True)))
+    n = fine[0].size
+    rgb = _shade(scene, direction[:, :n], t[:n], slot[:n], face[:n]).reshape(3, size, 2, size, 2).mean((2, 4))
+    direction, t, slot, face = direction[:, n:], t[n:], slot[n:], face[n:]
     normal, _ = _surface(scene, direction, t, slot, face)
     c, s = jnp.cos(scene.camera[1]), jnp.sin(scene.camera[1])
     in_camera = jnp.stack([normal[0], c * normal[1] + s * normal[2], s * normal[1] - c * normal[2]])

@@ -133,11 +133,13 @@ def _classes(source, p, rng):
 
 
 def _find(source, which: str) -> np.ndarray:
-    """Mask [h, w] of the leftmost, rightmost, nearest or biggest visible object."""
+    """Mask [h, w] of the leftmost, rightmost, nearest or biggest object, slivers left out; empty if there is none."""
     instances = source.render.instances
     masks = [instances == i for i in np.unique(instances[instances > 0])]
     if not masks:
         return np.zeros(instances.shape, bool)
+    least = min(max(m.sum() for m in masks), instances.size // 256)
+    masks = [m for m in masks if m.sum() >= least]
     score = {
         "leftmost": lambda m: np.nonzero(m)[1].mean(), "rightmost": lambda m: -np.nonzero(m)[1].mean(),
         "nearest": lambda m: source.depth[m].min(), "biggest": lambda m: -m.sum(),

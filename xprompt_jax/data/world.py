@@ -52,27 +52,32 @@ JITTER = np.array([0.04, 0.12], np.float32)
 
 def sample_scene(key: jax.Array, min_objects: int = 2, max_objects: int = 4) -> Scene:
     """Draws a scene with that many objects (both ends included). Objects of a scene never share a colour."""
-    keys = iter(jax.random.split(key, 24))
-
-    def uniform(low, high, shape=()):
-        return jax.random.uniform(next(keys), shape, minval=low, maxval=high)
-
-    def choice(options, shape=()):
-        return jax.random.randint(next(keys), shape, 0, len(options))
-
     m = MAX_OBJECTS
-    count = jax.random.randint(next(keys), (), min_objects, max_objects + 1)
-    large = jax.random.bernoulli(next(keys), 0.6, (m,))
-    mirror = jnp.where(jax.random.bernoulli(next(keys)), 1.0, -1.0)
-    places = jax.random.permutation(next(keys), jnp.array(PLACES)) * jnp.stack([mirror, 1.0])
+    rows = iter(jax.random.uniform(key, (24, len(COLORS))))  # one draw for all compiles quickest
+
+    def uniform(low, high, count=None):
+        row = next(rows)
+        return low + (high - low) * (row[0] if count is None else row[:count])
+
+    def choice(options, count=None):
+        return jnp.minimum(jnp.floor(uniform(0.0, len(options), count)).astype(jnp.int32), len(options) - 1)
+
+    def permutation(count):  # ranks of random numbers, without a sort
+        row = next(rows)[:count]
+        return (row[:, None] > row).sum(-1)
+
+    number = min_objects + jnp.floor(uniform(0.0, 1.0) * (max_objects - min_objects + 1)).astype(jnp.int32)
+    large = uniform(0, 1, m) < 0.6
+    mirror = jnp.where(uniform(0, 1) < 0.5, 1.0, -1.0)
+    places = jnp.array(PLACES)[permutation(m)] * jnp.stack([mirror, 1.0])
     return Scene(
-        exists=jnp.arange(m) < count,
-        shape=choice(SHAPES, (m,)),
-        color=jax.random.permutation(next(keys), len(COLORS))[:m],
-        material=choice(MATERIALS, (m,)),
-        size=jnp.where(large, uniform(*SIZES["large"], (m,)), uniform(*SIZES["small"], (m,))),
-        position=places + uniform(-1, 1, (m, 2)) * JITTER,
-        yaw=uniform(0, 2 * np.pi, (m,)),
+        exists=jnp.arange(m) < number,
+        shape=choice(SHAPES, m),
+        color=permutation(len(COLORS))[:m].astype(jnp.int32),
+        material=choice(MATERIALS, m),
+        size=jnp.where(large, uniform(*SIZES["large"], m), uniform(*SIZES["small"], m)),
+        position=places + jnp.stack([uniform(-1, 1, m), uniform(-1, 1, m)], -1) * JITTER,
+        yaw=uniform(0, 2 * np.pi, m),
         floor_kind=choice(FLOOR_KINDS),
         floor_color=choice(FLOOR_COLORS),
         sky=choice(SKIES),
@@ -84,7 +89,7 @@ def sample_scene(key: jax.Array, min_objects: int = 2, max_objects: int = 4) -> 
     )
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+@functools.partial(jax.jit, static_argnums=1)
 def sample_scenes(key: jax.Array, count: int, min_objects: int = 2, max_objects: int = 4) -> Scene:
     """`count` scenes; scene i depends on (key, i) alone."""
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
@@ -124,7 +129,7 @@ def describe_light(scene: Scene) -> str:
     """Such as "warm light from the left" (from the viewer's side is "front"); the nearest of the named directions."""
     turn = {name: abs((float(scene.light_azimuth) - at + np.pi) % (2 * np.pi) - np.pi) for name, at in DIRECTIONS.items()}
     warmth = min(WARMTHS, key=lambda name: abs(WARMTHS[name] - float(scene.warmth)))
-    return f"{warmth} light from the {min(turn, key=turn.get)}"
+    return f"{warmth} light from the {min(turn, key=lambda name: turn[name])}"
 
 
 def describe_scene(scene: Scene) -> str:
@@ -133,9 +138,9 @@ def describe_scene(scene: Scene) -> str:
     size, position = np.asarray(scene.size), np.asarray(scene.position)
     depth = position[:, 1] * np.cos(pitch) + (height - size) * np.sin(pitch)
     across = position[:, 0] / depth
-    order = sorted(np.flatnonzero(np.asarray(scene.exists)), key=lambda i: across[i])
+    order = sorted(np.flatnonzero(np.asarray(scene.exists)).tolist(), key=lambda i: across[i])
     words = ""
-    for i, following in zip(order, [*order[1:], None], strict=True):
+    for i, following in zip(order, [*order[1:], None][: len(order)], strict=True):
         words += article(describe_object(scene, i))
         if following is not None:
             beside = across[following] - across[i] > 0.08

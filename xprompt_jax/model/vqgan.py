@@ -40,6 +40,7 @@ class Conv(nnx.Module):
         self.stride, self.pad = stride, size // 2
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, h, w, in] -> [B, h/stride, w/stride, out]."""
         # A stride of 2 pads right and below only (trap 12).
         padding = [(0, 1)] * 2 if self.stride == 2 else [(self.pad, self.pad)] * 2
         y = jax.lax.conv_general_dilated(
@@ -63,6 +64,7 @@ class Norm(nnx.Module):
         return jnp.broadcast_to(jnp.mean(groups, axis=-1, keepdims=True), groups.shape).reshape(mean.shape)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, h, w, C] -> the same."""
         x = x - self._pool(x)
         return x * (jax.lax.rsqrt(self._pool(x * x) + _EPS) * self.weight[...]) + self.bias[...]
 
@@ -78,6 +80,7 @@ class ResBlock(nnx.Module):
             self.nin_shortcut = Conv(keys[2], inputs, outputs, 1)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, h, w, in] -> [B, h, w, out]."""
         h = self.conv1(jax.nn.silu(self.norm1(x)))
         h = self.conv2(jax.nn.silu(self.norm2(h)))
         return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
@@ -92,6 +95,7 @@ class AttentionBlock(nnx.Module):
         self.q, self.k, self.v, self.proj_out = (Conv(k, channels, channels, 1) for k in keys)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, h, w, C] -> the same."""
         h = self.norm(x)
         q, k, v = (f(h).reshape(x.shape[0], -1, x.shape[3]) for f in (self.q, self.k, self.v))
         scores = jnp.einsum("bqc,bkc->bqk", q, k, precision="highest") * x.shape[3] ** -0.5
@@ -109,6 +113,7 @@ class Middle(nnx.Module):
         self.block_2 = ResBlock(keys[2], channels, channels, groups)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, h, w, C] -> the same."""
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
@@ -120,6 +125,7 @@ class Resample(nnx.Module):
         self.up = up
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, h, w, C] -> [B, 2h, 2w, C] or [B, h/2, w/2, C]."""
         return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2) if self.up else x)
 
 
@@ -134,6 +140,7 @@ class Level(nnx.Module):
         self.resample = resample
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, h, w, in] -> [B, h, w, out], or the changed resolution."""
         for block in self.block:
             x = block(x)
         return x if self.resample is None else getattr(self, self.resample)(x)
@@ -156,6 +163,7 @@ class Encoder(nnx.Module):
         self.norm_out, self.conv_out = Norm(widths[-1], groups), Conv(keys[2], widths[-1], c.latent_channels)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, h, w, 3] -> [B, h/f, w/f, latent channels]."""
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
@@ -178,6 +186,7 @@ class Decoder(nnx.Module):
         self.norm_out, self.conv_out = Norm(widths[0], groups), Conv(keys[2], widths[0], 3)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, rows, columns, latent channels] -> [B, rows*f, columns*f, 3]."""
         x = self.mid(self.conv_in(x))
         for level in reversed(list(self.up)):
             x = level(x)
@@ -200,13 +209,17 @@ class Codebook(nnx.Module):
     def __call__(self, latent: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[..., C] -> (int32 [...] codes of the nearest rows, lowest code first in a tie; those rows [..., C])."""
         rows = self.rows
+        parts = -(-len(rows) // _CODES_AT_ONCE)
+        size = -(-len(rows) // parts)  # all parts of one size: products of equal rows then round alike, and ties stay ties
+        padding = parts * size - len(rows)
+        padded = jnp.pad(rows, ((0, padding), (0, 0)))
+        norms = jnp.pad(jnp.sum(rows * rows, axis=-1), (0, padding), constant_values=jnp.inf)
         best = jnp.full(latent.shape[:-1], jnp.inf, jnp.float32)
         codes = jnp.zeros(latent.shape[:-1], jnp.int32)
-        for start in range(0, len(rows), _CODES_AT_ONCE):
-            part = rows[start : start + _CODES_AT_ONCE]
+        for start in range(0, parts * size, size):
+            part = slice(start, start + size)
             # Without |latent|^2, which is the same for all rows.
-            product = jnp.einsum("...c,nc->...n", latent, part, precision="highest")
-            distance = jnp.sum(part * part, axis=-1) - 2 * product
+            distance = norms[part] - 2 * jnp.einsum("...c,nc->...n", latent, padded[part], precision="highest")
             nearest = jnp.min(distance, axis=-1)
             codes = jnp.where(nearest < best, start + jnp.argmin(distance, axis=-1).astype(jnp.int32), codes)
             best = jnp.minimum(best, nearest)

@@ -1,0 +1,110 @@
+"""Scores against scikit-image and against cases worked by hand."""
+
+import numpy as np
+import pytest
+
+from xprompt_jax.evaluate import metrics
+
+
+@pytest.fixture(scope="module")
+def images():
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:40, :52]
+    smooth = np.stack([x * 4, y * 5, 128 + 100 * np.sin(x / 5 + y / 7)], -1)
+    noisy = smooth + rng.normal(0, 15, smooth.shape)
+    return smooth.clip(0, 255).astype(np.uint8), noisy.clip(0, 255).astype(np.uint8)
+
+
+def test_psnr_and_ssim_equal_scikit_image(images):
+    skimage = pytest.importorskip("skimage.metrics")
+    a, b = images
+    assert metrics.psnr_rgb(a, b) == pytest.approx(skimage.peak_signal_noise_ratio(b, a), abs=1e-9)
+    wang = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
+    assert metrics.ssim_rgb_gaussian(a, b) == pytest.approx(skimage.structural_similarity(a, b, channel_axis=2, **wang), abs=1e-6)
+    assert metrics.ssim_skimage_default(a, b) == pytest.approx(skimage.structural_similarity(a, b, channel_axis=2), abs=1e-9)
+
+
+def test_y_protocols_equal_scikit_image_on_rounded_luma(images):
+    color, skimage = pytest.importorskip("skimage.color"), pytest.importorskip("skimage.metrics")
+    y = [np.rint(color.rgb2ycbcr(i)[..., 0]) for i in images]
+    np.testing.assert_array_equal(metrics.luma_matlab_uint8(images[0]), y[0])
+    assert metrics.psnr_y(*images) == pytest.approx(skimage.peak_signal_noise_ratio(*y, data_range=255), abs=1e-9)
+    expected = skimage.structural_similarity(
+        *y, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255
+    )  # fmt: skip
+    assert metrics.ssim_y(*images) == pytest.approx(expected, abs=1e-6)
+
+
+def test_luma_ends():
+    ends = np.array([[[0, 0, 0], [255, 255, 255], [255, 0, 0]]], np.uint8)
+    np.testing.assert_array_equal(metrics.luma_matlab_uint8(ends), [[16, 235, 81]])
+
+
+def test_equal_images(images):
+    a = images[0]
+    assert metrics.psnr_rgb(a, a) == metrics.psnr_y(a, a) == float("inf")
+    assert metrics.ssim_rgb_gaussian(a, a) == metrics.ssim_skimage_default(a, a) == metrics.ssim_y(a, a) == pytest.approx(1)
+    assert metrics.mean_abs_error(a, a) == 0
+
+
+def test_uint8_does_not_wrap_around():
+    black, dim = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 200, np.uint8)
+    assert metrics.mean_abs_error(black, dim) == 200
+    assert metrics.psnr_rgb(black, dim) == pytest.approx(20 * np.log10(255 / 200))
+
+
+def test_other_shapes_and_small_images_are_refused():
+    with pytest.raises(ValueError, match="shapes"):
+        metrics.psnr_rgb(np.zeros((4, 4, 3)), np.zeros((4, 1, 3)))
+    with pytest.raises(ValueError, match="window of 11"):
+        metrics.ssim_rgb_gaussian(np.zeros((10, 20, 3)), np.zeros((10, 20, 3)))
+
+
+def test_regions():
+    source = np.full((2, 2, 3), 100, np.uint8)
+    target, output = source.copy(), source.copy()
+    target[0, 0, 1] = 109  # 9 levels in one channel: changed
+    target[0, 1] = 108  # 8 levels: not changed
+    output[0, 0] = (110, 109, 100)  # 10 levels off in one of three channels
+    output[1, 1] = (100, 100, 106)
+    unchanged = ((target - output.astype(float)) ** 2)[[0, 1, 1], [1, 0, 1]].mean()
+    assert metrics.changed_region_psnr(source, output, target) == pytest.approx(10 * np.log10(255**2 / (100 / 3)))
+    assert metrics.unchanged_region_psnr(source, output, target) == pytest.approx(10 * np.log10(255**2 / unchanged))
+    assert np.isnan(metrics.changed_region_psnr(source, output, source))
+    assert np.isnan(metrics.unchanged_region_psnr(source, output, source, threshold=-1))
+
+
+def test_depth_per_image_and_pooled():
+    truth = [np.array([[2.0, 0.0, 4.0, 10.0]]), np.array([[5.0, 0.0, 0.0, 0.0]])]  # 0 and 10 m are not scored
+    guess = [np.array([[3.0, 7.0, 4.0, 1.0]]), np.array([[40.0, 0.0, 0.0, 0.0]])]  # 40 m is clipped to 10
+    assert metrics.depth_rmse_painter(guess, truth) == pytest.approx((np.sqrt(1 / 2) + 5) / 2)
+    assert metrics.depth_rmse_pooled(guess, truth) == pytest.approx(np.sqrt((1 + 0 + 25) / 3))
+
+
+def test_depth_is_cut_to_the_eigen_crop_and_skips_empty_images():
+    truth, guess = np.full((480, 640), 3.0), np.full((480, 640), 3.0)
+    guess[:45], guess[471:], guess[:, :41], guess[:, 601:] = 9, 9, 9, 9
+    assert metrics.depth_rmse_painter([guess, guess], [truth, np.zeros_like(truth)]) == 0
+    guess[45, 41] = 4
+    assert metrics.depth_rmse_painter([guess], [truth]) == pytest.approx(np.sqrt(1 / (426 * 560)))
+    assert np.isnan(metrics.depth_rmse_painter([guess], [truth * 0])) and np.isnan(metrics.depth_rmse_pooled([], []))
+    with pytest.raises(ValueError, match="depth map"):
+        metrics.depth_rmse_painter(guess, truth)  # rows in place of images
+
+
+def test_normal_angles():
+    at = lambda degrees: [np.sin(np.radians(degrees)), 0, np.cos(np.radians(degrees))]
+    truth = np.array([[at(0), at(0), at(0), at(0), [0, 0, 0]]])
+    guess = np.array([[at(0), at(10), np.multiply(3, at(20)), at(180), at(50)]])
+    scores = metrics.normal_angles([guess], [truth])
+    assert scores == pytest.approx({"mean": 52.5, "median": 15, "11.25": 0.5, "22.5": 0.75, "30": 0.75})
+    assert metrics.normal_angles([guess], [truth], [np.array([[1, 1, 0, 0, 1]])])["mean"] == pytest.approx(5)
+    assert np.isnan(metrics.normal_angles([guess], [truth * 0])["mean"])
+
+
+def test_mean_iou_sums_counts_over_images():
+    truth = [np.array([[0, 0, 1, -1]]), np.array([[0, 2, 255, 1]])]
+    guess = [np.array([[0, 1, 1, 0]]), np.array([[0, -1, 0, 7]])]
+    # class 0: 2 hits, union 3; class 1: 1 hit, union 3; class 2: no hit, union 1; class 3: nowhere.
+    assert metrics.mean_iou(guess, truth, 4) == pytest.approx((2 / 3 + 1 / 3 + 0) / 3)
+    assert np.isnan(metrics.mean_iou([np.zeros((1, 1), int)], [-np.ones((1, 1), int)], 4))

@@ -1,0 +1,201 @@
+"""Scores, in numpy, each with its protocol in its name (facts: data_eval.md 2.2).
+
+The same pair of images differs by 5 dB between two papers' "PSNR", so no function here is called `psnr`. Images are
+[h, w, 3], uint8 or float on the same 0-255 scale. All sums run in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+EIGEN_CROP = (slice(45, 471), slice(41, 601))
+"""Rows and columns of a 480 x 640 NYUv2 image that depth papers score."""
+
+DEPTH_RANGE = (1e-3, 10.0)
+"""Metres: predictions are clipped to it, ground truth counts strictly inside it."""
+
+# MATLAB's rgb2ycbcr, first row, for RGB on 0-255.
+_TO_Y = np.array([65.481, 128.553, 24.966]) / 255
+
+
+def _pair(image, target) -> tuple[np.ndarray, np.ndarray]:
+    image, target = np.asarray(image, np.float64), np.asarray(target, np.float64)
+    if image.shape != target.shape:
+        raise ValueError(f"images of different shapes: {image.shape} and {target.shape}")
+    return image, target
+
+
+def _psnr(squared_error: float) -> float:
+    return float("inf") if squared_error == 0 else float(10 * np.log10(255.0**2 / squared_error))
+
+
+def luma_matlab_uint8(image) -> np.ndarray:
+    """Y of MATLAB's rgb2ycbcr on a uint8 image: 16-235, rounded; float64 [h, w]."""
+    return np.floor(16 + np.asarray(image, np.float64) @ _TO_Y + 0.5)  # MATLAB rounds halves up
+
+
+def psnr_rgb(image, target) -> float:
+    """PSNR over all pixels and channels, peak 255 (skimage, InstructIR, PromptIR); inf for equal images."""
+    image, target = _pair(image, target)
+    return _psnr(np.mean((image - target) ** 2))
+
+
+def psnr_y(image, target) -> float:
+    """PSNR of the Y channel of uint8 images, peak 255 (MPRNet, Restormer and Painter on rain)."""
+    image, target = _pair(image, target)
+    return _psnr(np.mean((luma_matlab_uint8(image) - luma_matlab_uint8(target)) ** 2))
+
+
+def mean_abs_error(image, target) -> float:
+    """Mean absolute difference, in levels of 0-255."""
+    image, target = _pair(image, target)
+    return float(np.mean(np.abs(image - target)))
+
+
+def _gaussian_window() -> np.ndarray:
+    """11 taps, sigma 1.5 (Wang et al. 2004)."""
+    taps = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
+    return taps / taps.sum()
+
+
+def _filter_valid(x: np.ndarray, taps: np.ndarray) -> np.ndarray:
+    """Separable correlation of [h, w, c] along both sides, without padding."""
+    for axis in (0, 1):
+        windows = np.lib.stride_tricks.sliding_window_view(x, len(taps), axis=axis)
+        x = windows @ taps
+    return x
+
+
+def _ssim(image: np.ndarray, target: np.ndarray, taps: np.ndarray, unbias: float) -> float:
+    """Mean SSIM of [h, w, c] over the places where the window fits; peak 255, K1 0.01, K2 0.03."""
+    if min(image.shape[:2]) < len(taps):
+        raise ValueError(f"images of {image.shape[1]} x {image.shape[0]} pixels are smaller than SSIM's window of {len(taps)}")
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    a, b = _filter_valid(image, taps), _filter_valid(target, taps)
+    var_a = unbias * (_filter_valid(image * image, taps) - a * a)
+    var_b = unbias * (_filter_valid(target * target, taps) - b * b)
+    covariance = unbias * (_filter_valid(image * target, taps) - a * b)
+    return float(np.mean((2 * a * b + c1) * (2 * covariance + c2) / ((a * a + b * b + c1) * (var_a + var_b + c2))))
+
+
+def ssim_rgb_gaussian(image, target) -> float:
+    """Wang's SSIM per channel, averaged: Gaussian window 11, sigma 1.5, no padding.
+
+    Equals skimage with gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255.
+    """
+    return _ssim(*_pair(image, target), _gaussian_window(), 1.0)
+
+
+def ssim_skimage_default(image, target) -> float:
+    """skimage's default, per channel, averaged: uniform window 7, sample covariance (Painter on LOL)."""
+    return _ssim(*_pair(image, target), np.full(7, 1 / 7), 49 / 48)
+
+
+def ssim_y(image, target) -> float:
+    """Wang's SSIM of the Y channel of uint8 images (MPRNet, Restormer and Painter on rain)."""
+    image, target = _pair(image, target)
+    return _ssim(luma_matlab_uint8(image)[..., None], luma_matlab_uint8(target)[..., None], _gaussian_window(), 1.0)
+
+
+def _changed(source, target, threshold: float) -> np.ndarray:
+    source, target = _pair(source, target)
+    return np.max(np.abs(source - target), axis=-1) > threshold
+
+
+def changed_region_psnr(source, image, target, threshold: float = 8) -> float:
+    """PSNR-RGB of `image` against `target` where `target` differs from `source` by more than `threshold` levels.
+
+    A difference is the largest over the channels. nan if nothing differs.
+    """
+    return _region_psnr(image, target, _changed(source, target, threshold))
+
+
+def unchanged_region_psnr(source, image, target, threshold: float = 8) -> float:
+    """PSNR-RGB of `image` against `target` everywhere else; nan if everything differs."""
+    return _region_psnr(image, target, ~_changed(source, target, threshold))
+
+
+def _region_psnr(image, target, region: np.ndarray) -> float:
+    image, target = _pair(image, target)
+    return _psnr(np.mean((image - target)[region] ** 2)) if region.any() else float("nan")
+
+
+def _depth_squared_errors(prediction, truth) -> np.ndarray:
+    """Squared errors in m^2 of the scored pixels of one image."""
+    prediction, truth = _pair(prediction, truth)
+    if truth.ndim != 2:
+        raise ValueError(f"a depth map must be [h, w], not {list(truth.shape)}")
+    if truth.shape == (480, 640):
+        prediction, truth = prediction[EIGEN_CROP], truth[EIGEN_CROP]
+    low, high = DEPTH_RANGE
+    scored = (truth > low) & (truth < high)
+    return (np.clip(prediction, low, high) - truth)[scored] ** 2
+
+
+def depth_rmse_painter(predictions: Iterable, truths: Iterable) -> float:
+    """RMSE in metres of each image, averaged over images (Painter, BTS): the protocol of X-Prompt's table.
+
+    Args:
+      predictions: of [h, w] metres, already at the size of the truth (Painter resizes bilinearly).
+      truths: of [h, w] metres, 0 where unknown.
+
+    480 x 640 images are cut to the Eigen crop. Images without a scored pixel are left out; nan if none has any.
+    """
+    errors = [_depth_squared_errors(p, t) for p, t in zip(predictions, truths, strict=True)]
+    return float(np.mean([np.sqrt(e.mean()) for e in errors if e.size] or [np.nan]))
+
+
+def depth_rmse_pooled(predictions: Iterable, truths: Iterable) -> float:
+    """RMSE in metres over the pixels of all images together (InvPT); otherwise like `depth_rmse_painter`."""
+    errors = np.concatenate([_depth_squared_errors(p, t) for p, t in zip(predictions, truths, strict=True)] or [np.empty(0)])
+    return float(np.sqrt(errors.mean())) if errors.size else float("nan")
+
+
+def normal_angles(predictions: Sequence, truths: Sequence, valid: Sequence | None = None) -> dict[str, float]:
+    """Angles between normals, over the pixels of all images together (Bae et al.).
+
+    Args:
+      predictions: of [h, w, 3], any length but zero.
+      truths: of [h, w, 3], any length; a zero vector is not scored.
+      valid: of bool [h, w], pixels to score; None takes all.
+
+    Returns:
+      {"mean", "median"} in degrees; {"11.25", "22.5", "30"}: fractions of pixels below that many degrees.
+    """
+    angles = []
+    for i, (p, t) in enumerate(zip(predictions, truths, strict=True)):
+        p, t = _pair(p, t)
+        scored = np.any(t != 0, axis=-1)
+        if valid is not None:
+            scored &= np.asarray(valid[i], bool)
+        p, t = p[scored], t[scored]
+        # Better conditioned at 0 and 180 degrees than the arc cosine.
+        angles.append(np.degrees(np.arctan2(np.linalg.norm(np.cross(p, t), axis=-1), np.sum(p * t, axis=-1))))
+    pooled = np.concatenate(angles or [np.empty(0)])
+    if not pooled.size:
+        return dict.fromkeys(("mean", "median", "11.25", "22.5", "30"), float("nan"))
+    below = {str(limit): float(np.mean(pooled < limit)) for limit in (11.25, 22.5, 30)}
+    return {"mean": float(np.mean(pooled)), "median": float(np.median(pooled)), **below}
+
+
+def mean_iou(predictions: Iterable, truths: Iterable, num_classes: int) -> float:
+    """Mean over classes of intersection / union, from counts summed over all images (ADE20K, Painter).
+
+    Args:
+      predictions: of int [h, w], 0 to num_classes - 1; anything else is wrong everywhere.
+      truths: of int [h, w]; outside 0 to num_classes - 1 is not scored.
+      num_classes: classes that neither predictions nor truths hold are left out of the mean.
+    """
+    confusion = np.zeros((num_classes, num_classes + 1), np.int64)  # the last column: no class
+    for prediction, truth in zip(predictions, truths, strict=True):
+        prediction, truth = np.asarray(prediction), np.asarray(truth)
+        if prediction.shape != truth.shape:
+            raise ValueError(f"labels of different shapes: {prediction.shape} and {truth.shape}")
+        scored = (truth >= 0) & (truth < num_classes)
+        known = np.where((prediction >= 0) & (prediction < num_classes), prediction, num_classes)
+        confusion += np.bincount(truth[scored] * (num_classes + 1) + known[scored], minlength=confusion.size).reshape(confusion.shape)
+    hits = np.diagonal(confusion)
+    union = confusion.sum(1) + confusion[:, :-1].sum(0) - hits
+    return float(np.mean(hits[union > 0] / union[union > 0])) if union.any() else float("nan")

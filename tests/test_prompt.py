@@ -79,7 +79,7 @@ def test_prompt_parts():
     prompter = Prompter(tokenizer, Layout("plain", v))
     before, after = np.zeros((2, 2), int), np.full((2, 2), 5)
     words = tokenizer.encode("remove the rain")
-    image = lambda code: [v.boi, *[v.image_start + code] * 4, v.eoi]  # noqa: E731
+    image = lambda code: [v.boi, *[v.image_start + code] * 4, v.eoi]
     assert prompter.example("remove the rain", before, after).tolist() == [*words, *image(0), v.sep, *image(5)]
     assert prompter.task("", before).tolist() == [*image(0), v.sep]
     assert prompter.image_answer(after).tolist() == [*image(5), v.eos]

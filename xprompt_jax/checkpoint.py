@@ -80,7 +80,7 @@ def save_params(folder: str | Path, params: Mapping[str, jax.Array]) -> None:
         raise _cannot_write(folder, e) from None
 
 
-def load_params(folder: str | Path, like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def load_params(folder: str | Path, like: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Reads what `save_params` wrote into the types and shardings of `like`.
 
     Raises:

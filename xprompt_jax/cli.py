@@ -7,7 +7,6 @@ stay inside `run`, so that `--help` answers at once.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import io
 import logging
@@ -18,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -182,9 +181,10 @@ class Convert:
             raise UserError("--num-xp-tokens must be at least 1")
         from xprompt_jax.sample import pretrained
 
-        foreign = any(self.source.glob("*.safetensors"))
-        load = pretrained.load_huggingface if foreign else pretrained.load
-        model = load(self.source, **({"num_xp_tokens": self.num_xp_tokens} if foreign else {}))
+        if any(self.source.glob("*.safetensors")):
+            model = pretrained.load_huggingface(self.source, num_xp_tokens=self.num_xp_tokens)
+        else:
+            model = pretrained.load(self.source)
         if self.to == "huggingface":
             pretrained.export_huggingface(model, self.out)
         else:
@@ -269,7 +269,7 @@ class Sample:
 
         images = [open_image(path) for path in self.inputs]  # a bad file is named before the model is loaded
         model = XPrompt.from_pretrained(_model_folder(self.model))
-        options = {
+        options: dict[str, Any] = {
             "seed": self.seed, "num_images": self.num_images, "guidance": self.guidance, "temperature": self.temperature,
             "top_k": self.top_k, "top_p": self.top_p, "decoding": self.decoding, "progress": True,
         }  # fmt: skip
@@ -313,7 +313,7 @@ class Describe:
         print(model.describe([pair], seed=self.seed, temperature=self.temperature))
 
 
-COMMANDS = {"demo": Demo, "tokenize": Tokenize, "train": Train, "convert": Convert, "compile": Compile, "sample": Sample, "describe": Describe}
+COMMANDS: dict[str, Any] = {"demo": Demo, "tokenize": Tokenize, "train": Train, "convert": Convert, "compile": Compile, "sample": Sample, "describe": Describe}
 
 
 def _model_folder(path: Path) -> Path:
@@ -395,6 +395,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name = f"xprompt {arguments[0]}" if arguments[0] in COMMANDS else "xprompt"
             _fail(f"{_one_line(captured.getvalue())}; see `{name} --help`")
         raise
+    # Compiled programs are kept between runs, as `pip` keeps wheels; JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xprompt_jax" / "jit"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("absl", "jax", "orbax", "httpx", "tensorboardX"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

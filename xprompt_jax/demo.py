@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -76,6 +77,7 @@ def run_demo(workdir: Path, *, quick: bool = False, photos: Path | None = None, 
       UserError: no photographs, or the folder cannot be written.
     """
     scale, clock = QUICK if quick else FULL, _Clock()
+    logging.getLogger("xprompt_jax.train.loop").setLevel(logging.WARNING)  # its table of parameters is for operators
     with clock("photographs and scenes"):
         pictures = photographs(photos, SIZE) if photos else _free_photographs()
         records = list(world_pairs(
@@ -164,16 +166,17 @@ def _show(model: XPrompt, records: Sequence[Record], scale: Scale, seed: int) ->
     examples, queries = [g[0] for g in chosen], [g[1] for g in chosen]
     tasks = [model.compile([Example(e.input, e.output, e.instruction)]) for e in examples]
     inputs, targets = [q.input for q in queries], np.stack([q.output for q in queries])
-    options = {"seed": seed, "top_k": 64, "temperature": 0.8}
+    options: dict[str, Any] = {"seed": seed, "top_k": 64, "temperature": 0.8}
     drawn = _arrays(model.generate(tasks, inputs, **options, progress=True))
     # The words stay right, the pictures are another task's: what is lost now came through the XP tokens.
     others = [dataclasses.replace(t, instruction=own.instruction) for t, own in zip(tasks[1:] + tasks[:1], tasks, strict=True)]
     wrong = _arrays(model.generate(others, inputs, **options))
     ceiling = _arrays(model.decode_images(model.encode_images(list(targets))))
-    mean = lambda images: float(np.mean([psnr_rgb(a, b) for a, b in zip(images, targets, strict=True)]))  # noqa: E731
+    mean = lambda images: float(np.mean([psnr_rgb(a, b) for a, b in zip(images, targets, strict=True)]))
     scores = _Scores(mean(drawn), mean(wrong), mean(np.stack(inputs)), mean(ceiling), len(queries))
 
-    rows, seen = [], set()
+    rows: list[ReportRow] = []
+    seen: set[str] = set()
     for i, (e, q) in enumerate(zip(examples, queries, strict=True)):
         if q.task in seen or len(rows) == scale.shown:
             continue

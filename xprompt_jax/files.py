@@ -12,7 +12,7 @@ from xprompt_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary name beside `path` that takes its place when the block ends well and vanishes when it does not.
 
     The block may make a file or a folder there. An existing folder at `path` is replaced.

@@ -33,7 +33,6 @@ from xprompt_jax.config import BucketConfig
 from xprompt_jax.errors import UserError
 from xprompt_jax.tokens import Layout, Tokenizer
 
-
 DESCRIBE_QUESTION = "Describe the difference between the input image and the output image."
 """Task text of a difference description; the pair stands in IE, so the answer comes through XP alone."""
 

@@ -45,7 +45,7 @@ def run_training(config: Config, workdir: str | Path, *, progress: bool = True) 
         raise UserError(f"model.vocab_size {config.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab.size} words; raise it")
     prompter = Prompter(tokenizer, Layout(config.model.layout, tokenizer.vocab, config.model.vq.downsample))
     host = jax.process_index(), jax.process_count()
-    source = lambda split: batches(store, prompter, config.data, config.model.num_xp_tokens, split=split, host=host)  # noqa: E731
+    source = lambda split: batches(store, prompter, config.data, config.model.num_xp_tokens, split=split, host=host)
     held_out = any(pair.split == "eval" for pair in store.pairs) and config.train.eval_every > 0
 
     initial = None

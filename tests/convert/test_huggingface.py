@@ -18,7 +18,6 @@ from xprompt_jax.model.params import flatten, unflatten
 from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.prompt import SlotShape
 
-
 # HF's VQGAN has 32 groups in every norm, so 32 channels at least.
 HF_VQ = dataclasses.replace(TINY_VQ, channels=32, channel_multipliers=(1, 2), latent_channels=32)
 

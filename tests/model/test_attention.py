@@ -50,8 +50,8 @@ def test_split_is_dense(shape, seed):
     q, k, v = qkv(seed, len(rows), shape.length)
     mask = dense_mask(column(rows, "roles"), column(rows, "groups"), segments(rows))
     real = segments(rows)[..., None, None]
-    dense = lambda q, k, v: dense_attention(q, k, v, mask) * real  # noqa: E731
-    split = lambda q, k, v: split_attention(q, k, v, shape, column(rows, "example_lengths")) * real  # noqa: E731
+    dense = lambda q, k, v: dense_attention(q, k, v, mask) * real
+    split = lambda q, k, v: split_attention(q, k, v, shape, column(rows, "example_lengths")) * real
     np.testing.assert_allclose(split(q, k, v), dense(q, k, v), atol=2e-6)
     grads = [jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1, 2))(q, k, v) for f in (dense, split)]
     for got, want in zip(*grads, strict=True):

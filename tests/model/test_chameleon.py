@@ -82,13 +82,13 @@ def test_the_example_reaches_the_task_through_xp_alone(model):
     # In the first layer XP keys do not depend on the example yet: one layer deep, the task sees nothing of it.
     shallow = dataclasses.replace(model.config, num_layers=1)
     one = unflatten(abstract_model(shallow), {n: v[:1] if n.startswith("blocks") else v for n, v in flatten(model).items()})
-    run = lambda ids: one.hidden(ids, b["positions"], SHAPE, b["example_lengths"], FP32)[:, SHAPE.xp_end :]  # noqa: E731
+    run = lambda ids: one.hidden(ids, b["positions"], SHAPE, b["example_lengths"], FP32)[:, SHAPE.xp_end :]
     np.testing.assert_array_equal(run(other), run(b["ids"]))
 
 
 def test_dropout_needs_a_key_and_follows_it(model):
     b = stack(random_rows(4, SHAPE), SHAPE.todo)
-    run = lambda key: model.hidden(b["ids"], b["positions"], SHAPE, b["example_lengths"], FP32, rate=0.5, key=key)  # noqa: E731
+    run = lambda key: model.hidden(b["ids"], b["positions"], SHAPE, b["example_lengths"], FP32, rate=0.5, key=key)
     plain = model.hidden(b["ids"], b["positions"], SHAPE, b["example_lengths"], FP32)
     np.testing.assert_array_equal(run(None), plain)
     first, again, other = run(jax.random.key(0)), run(jax.random.key(0)), run(jax.random.key(1))

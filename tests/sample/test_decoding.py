@@ -66,7 +66,7 @@ def test_compiled_and_cached_is_the_masked_prompt(model, count):
 
 def test_windows_draw_the_same_images(model):
     task, inputs = model.compile([example(2)]), images(3, 3)
-    draw = lambda **kw: model.generate(task, inputs, num_images=5, top_k=20, guidance=1.5, **kw)  # noqa: E731
+    draw = lambda **kw: model.generate(task, inputs, num_images=5, top_k=20, guidance=1.5, **kw)
     for seed in range(3):
         want = draw(seed=seed, decoding="sequential")
         assert len(want) == 15 and not same(want[:1], want[1:2])

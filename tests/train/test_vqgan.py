@@ -51,7 +51,7 @@ def test_training_lowers_the_error_and_uses_the_codebook(trained, images):
 
 def test_rows_lie_among_the_latents(trained, images):
     """The codebook follows the encoder: no row is left where it started, far from everything."""
-    latent = np.asarray(trained.encode_latent(to_pixels(images))).reshape(-1, 1, CONFIG.embed_dim)
+    latent = np.asarray(jax.jit(lambda m, x: m.encode_latent(x))(trained, to_pixels(images))).reshape(-1, 1, CONFIG.embed_dim)
     rows = np.asarray(trained.quantize.rows)
     spread = np.linalg.norm(latent - latent.mean(0), axis=-1).max()
     assert (np.linalg.norm(latent - rows, axis=-1).min(0) < spread).all()

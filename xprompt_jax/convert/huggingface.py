@@ -41,7 +41,8 @@ class Tensors:
             missing = set(json.loads(index.read_text())["weight_map"].values()) - {f.name for f in files}
             if missing:
                 raise UserError(f"{folder}: {sorted(missing)[0]} is missing; download the folder again")
-        self.folder, self._where = folder, {}
+        self.folder = folder
+        self._where: dict[str, Path] = {}
         for file in files:
             try:
                 with safetensors.safe_open(file, "numpy") as f:
@@ -127,13 +128,11 @@ def load_decoder(tensors: Tensors, config: ModelConfig, *, seed: int = 0) -> dic
         if LAYER not in entry.theirs:
             params[entry.ours] = entry.load(tensors[entry.theirs])
             continue
-        stacked = None
         for layer in range(config.num_layers):
             value = _shaped(entry, tensors[entry.theirs.replace(LAYER, str(layer))])
-            if stacked is None:
-                stacked = np.empty((config.num_layers, *value.shape), value.dtype)
-            stacked[layer] = value
-        params[entry.ours] = stacked
+            if layer == 0:
+                params[entry.ours] = np.empty((config.num_layers, *value.shape), value.dtype)
+            params[entry.ours][layer] = value
     if HF_XP in tensors:
         params["xp"] = tensors[HF_XP]
     else:

@@ -31,8 +31,8 @@ class Entry:
 def hf_decoder(c: ModelConfig) -> list[Entry]:
     """Hugging Face `ChameleonForConditionalGeneration` (facts: chameleon.md 1.5)."""
     d, h, g, k = c.dim, c.num_heads, c.num_kv_heads, c.head_dim
-    same = lambda x: x  # noqa: E731
-    transpose = lambda x: np.ascontiguousarray(x.T)  # noqa: E731
+    same = lambda x: x
+    transpose = lambda x: np.ascontiguousarray(x.T)
 
     def split_out(heads: int) -> tuple[Callable, Callable]:
         """[heads K, D] <-> [D, heads, K]."""

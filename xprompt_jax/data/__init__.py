@@ -1,0 +1,1 @@
+"""Images, tasks and the token store: from files to training rows."""

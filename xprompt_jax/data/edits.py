@@ -17,17 +17,19 @@ TEMPLATES = ("{words}", "please {words}", "{words} in this picture", "edit the s
 
 def _arrange(source: Source, rng, *also: str, **attributes) -> tuple[Scene, int]:
     """A copy of the scene with one well visible object of the given attributes; no other has its colour or one of `also`."""
-    scene, counts = source.scene, np.bincount(source.render.instances.ravel(), minlength=world.MAX_OBJECTS + 1)[1:]
+    assert source.scene is not None
+    assert source.render is not None
+    counts = np.bincount(source.render.instances.ravel(), minlength=world.MAX_OBJECTS + 1)[1:]
     visible = np.flatnonzero(counts >= min(counts.max(), source.image[..., 0].size // 64))
     i = int(rng.choice(visible))
     tables = {"color": list(COLORS), "shape": list(SHAPES), "material": list(MATERIALS)}
-    values = {k: tables[k].index(v) for k, v in attributes.items() if k in tables}
+    values: dict[str, float] = {k: tables[k].index(v) for k, v in attributes.items() if k in tables}
     if "size" in attributes:
         values["size"] = sum(world.SIZES[attributes["size"]]) / 2
-    scene = world.replace_values(scene, i, **values)
+    scene = world.replace_values(source.scene, i, exists=True, **values)
     taken = {values["color"], *(tables["color"].index(c) for c in also)}
     spare = [c for c in range(len(COLORS)) if c not in taken and c not in scene.color]
-    others = [j for j in np.flatnonzero(scene.exists) if j != i and scene.color[j] in taken]
+    others = [j for j in np.flatnonzero(scene.exists).tolist() if j != i and scene.color[j] in taken]
     for j, color in zip(others, spare, strict=False):
         scene = world.replace_values(scene, j, color=color)
     return scene, i
@@ -46,10 +48,10 @@ def _object(rng, *, full=False) -> dict:
 
 def _add(source, p, rng):
     scene = source.scene
-    same = np.flatnonzero(scene.exists & (scene.color == list(COLORS).index(p["color"])))
+    same = np.flatnonzero(scene.exists & (scene.color == list(COLORS).index(p["color"]))).tolist()
     spare = [c for c in range(len(COLORS)) if c not in scene.color]
-    for j in same:
-        scene = world.replace_values(scene, j, color=spare[0])
+    for j, color in zip(same, spare, strict=False):
+        scene = world.replace_values(scene, j, color=color)
     if scene.exists.all():
         scene = world.replace_values(scene, world.MAX_OBJECTS - 1, exists=False)
     spots = np.concatenate([world.PLACES, world.PLACES * (-1, 1)])

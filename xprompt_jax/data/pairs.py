@@ -154,7 +154,9 @@ def _edited(task, parameters, sources, changes, rngs) -> list[Pair]:
 
 def _pair(task, parameters, images, shown, words, caption, rng) -> Pair:
     forward, backward = str(rng.choice(task.instructions)), str(rng.choice(task.reverse_instructions))
-    return Pair(*images, forward.format(**words[0]), backward.format(**words[1]), _describe(*shown), task.name, parameters, caption)
+    before, after = images
+    forward, backward = forward.format(**words[0]), backward.format(**words[1])
+    return Pair(before, after, forward, backward, _describe(*shown), task.name, parameters, caption)
 
 
 def draw_real(rng: np.random.Generator, low: float, high: float, digits: int = 2) -> float:

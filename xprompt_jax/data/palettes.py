@@ -112,10 +112,13 @@ def get_palette(name: str) -> Palette:
 
 def random_ramp(rng: np.random.Generator, stops: int | None = None) -> Palette:
     """A ramp through 2 or 3 random colours that all lie at least 150 (RGB L2) apart; named by its colours."""
-    colors = distinct_colors(rng, stops or int(rng.integers(2, 4)), separation=150)
-    named = [color_name(c) for c in colors]
-    return Palette(f"{named[0]} to {named[-1]}" if len(named) == 2 else f"{named[0]} through {named[1]} to {named[2]}",
-                   tuple(tuple(int(v) for v in c) for c in colors))  # fmt: skip
+    count = stops or int(rng.integers(2, 4))
+    names: list[str] = []
+    while len(set(names)) < count:
+        colors = distinct_colors(rng, count, separation=150)
+        names = [color_name(c) for c in colors]
+    words = " through ".join(names[:-1]) + f" to {names[-1]}"
+    return Palette(words, tuple((int(r), int(g), int(b)) for r, g, b in colors))
 
 
 def distinct_colors(rng: np.random.Generator, count: int, separation: float = 70) -> np.ndarray:

@@ -125,7 +125,8 @@ class Episodes:
         return partner != number and (self.config.same_scene_partner or self.store.pairs[partner].input != pair.input)
 
     def _choose_partners(self, number: int, pair: Pair, rng: np.random.Generator) -> list[int]:
-        group, chosen = self.partners[pair.group], []
+        group = self.partners[pair.group]
+        chosen: list[int] = []
         while len(chosen) < self.bucket.examples:  # ends: `_usable` has seen that a partner exists
             partner = group[rng.integers(len(group))]
             if self._may_show(partner, number, pair):
@@ -143,7 +144,7 @@ class Episodes:
 
     def _fits(self, pair: Pair) -> bool:
         """Whether the pair fits as query and as example in either direction, whatever instruction is drawn."""
-        words = lambda text: len(self.prompter.tokenizer.encode(text))  # noqa: E731
+        words = lambda text: len(self.prompter.tokenizer.encode(text))
         image = self.prompter.layout.num_tokens(*self.store.codes.shape[1:])
         if self.bucket.kind == "text_to_image":
             return words(pair.caption) + 1 + image + 1 <= self.bucket.todo

@@ -27,7 +27,7 @@ SKY = 1e6  # the t of a ray that meets nothing
 COLORS: dict[str, tuple[float, float, float]] = {
     "red": (0.88, 0.10, 0.12), "orange": (1.00, 0.50, 0.05), "yellow": (0.98, 0.88, 0.10), "green": (0.12, 0.62, 0.18),
     "cyan": (0.10, 0.82, 0.86), "blue": (0.12, 0.28, 0.90), "purple": (0.52, 0.16, 0.72), "pink": (1.00, 0.52, 0.72),
-    "brown": (0.42, 0.24, 0.10), "white": (0.97, 0.97, 0.97),
+    "brown": (0.50, 0.29, 0.13), "white": (0.97, 0.97, 0.97),
 }  # fmt: skip
 FLOOR_COLORS: dict[str, tuple[float, float, float]] = {
     "grey": (0.62, 0.62, 0.62), "tan": (0.80, 0.68, 0.50), "olive": (0.48, 0.54, 0.30), "slate": (0.38, 0.44, 0.54),
@@ -38,11 +38,11 @@ MATERIALS = ("matte", "shiny", "checkered", "striped")
 
 # Sky: zenith, horizon, colour of the sun, colour of the ambient light.
 SKIES: dict[str, tuple[tuple[float, float, float], ...]] = {
-    "blue": ((0.22, 0.46, 0.86), (0.74, 0.87, 0.97), (0.74, 0.72, 0.66), (0.42, 0.45, 0.50)),
-    "sunset": ((0.34, 0.22, 0.50), (1.00, 0.60, 0.30), (0.80, 0.54, 0.34), (0.44, 0.36, 0.40)),
+    "blue": ((0.22, 0.46, 0.86), (0.74, 0.87, 0.97), (0.72, 0.70, 0.64), (0.50, 0.52, 0.56)),
+    "sunset": ((0.34, 0.22, 0.50), (1.00, 0.60, 0.30), (0.74, 0.50, 0.32), (0.54, 0.44, 0.46)),
     "overcast": ((0.58, 0.61, 0.65), (0.82, 0.84, 0.86), (0.36, 0.36, 0.36), (0.62, 0.63, 0.65)),
-    "night": ((0.02, 0.03, 0.12), (0.10, 0.14, 0.32), (0.36, 0.42, 0.60), (0.18, 0.21, 0.34)),
-    "pink": ((0.62, 0.52, 0.86), (1.00, 0.80, 0.84), (0.70, 0.58, 0.58), (0.46, 0.42, 0.48)),
+    "night": ((0.04, 0.05, 0.20), (0.16, 0.20, 0.44), (0.42, 0.47, 0.62), (0.36, 0.40, 0.54)),
+    "pink": ((0.62, 0.52, 0.86), (1.00, 0.80, 0.84), (0.66, 0.55, 0.55), (0.54, 0.48, 0.54)),
 }
 
 # Solids: q . p^2 + l * p_y + c <= 0 with rows (q_x, q_y, q_z, l, c), and half-spaces n . p <= d with rows (n, d).
@@ -216,7 +216,7 @@ def _albedo(scene: Scene, direction, t, slot, local):
     material = scene.material[own]
     squares = _parity(local[0] * 1.9, local[2] * 1.9 + jnp.floor(local[1] * 1.9))
     dark = ((material == 2) & squares) | ((material == 3) & _parity(local[1] * 2.5 + 0.5))
-    solid = jnp.asarray(_COLOR_TABLE)[scene.color].T[:, own] * jnp.where(dark, 0.42, 1.0)
+    solid = jnp.asarray(_COLOR_TABLE)[scene.color].T[:, own] * jnp.where(dark, 0.48, 1.0)
     # The floor's pattern fades with distance, where it would be finer than a pixel.
     x, z = t * direction[0] / 0.8, t * direction[2] / 0.8
     seam = jnp.minimum(jnp.abs(x - jnp.round(x)), jnp.abs(z - jnp.round(z))) < 0.06

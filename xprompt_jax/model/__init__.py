@@ -1,0 +1,1 @@
+"""The networks: decoder, XP tokens, cache, image tokenizer."""

@@ -40,11 +40,11 @@ class Cache:
 def empty_cache(config: ModelConfig, batch: int, slots: int, dtype) -> Cache:
     """A cache of B rows of T slots, nothing in it yet."""
     shape = (batch, slots, config.num_kv_heads, config.head_dim)
-    buffers = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))  # noqa: E731
+    buffers = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
     return Cache(buffers(), buffers(), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32))
 
 
 def write(buffer: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     """Puts new [B, W, G, K] into buffer [B, T, G, K] at start[b] of each row; start + W must not exceed T."""
-    put = lambda row, value, at: jax.lax.dynamic_update_slice_in_dim(row, value, at, axis=0)  # noqa: E731
+    put = lambda row, value, at: jax.lax.dynamic_update_slice_in_dim(row, value, at, axis=0)
     return jax.vmap(put)(buffer, new.astype(buffer.dtype), start)

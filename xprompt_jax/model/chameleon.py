@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,7 @@ class Chameleon(nnx.Module):
         self.head = normal(keys[1], (config.dim, config.vocab_size), config.dim**-0.5, dtype)
         self.norm = nnx.Param(jnp.ones(config.dim, dtype))
         self.xp = nnx.Param(init_xp(keys[2], self.embed[...], config.num_xp_tokens))
-        self.blocks = Block(config, keys[3], dtype)
+        self.blocks: Any = Block(config, keys[3], dtype)  # all layers stacked; `unstacked` makes it a list of layers
 
     def hidden(
         self, ids: jax.Array, positions: jax.Array, shape: SlotShape, example_lengths: jax.Array, compute: ComputeConfig,

@@ -1,0 +1,1 @@
+"""Compiling examples, drawing, writing."""

@@ -51,7 +51,7 @@ def narrow(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
 def gumbel(keys: jax.Array, index: jax.Array, size: int) -> jax.Array:
     """Noise of tokens `index` [B, W] of the images with `keys` [B]: float32 [B, W, size]."""
-    one = lambda key, i: jax.random.gumbel(jax.random.fold_in(key, i), (size,), jnp.float32)  # noqa: E731
+    one = lambda key, i: jax.random.gumbel(jax.random.fold_in(key, i), (size,), jnp.float32)
     return jax.vmap(jax.vmap(one, (None, 0)))(keys, index)
 
 

@@ -46,12 +46,13 @@ def prefill(
     positions = np.zeros((batch, most * xp), np.int32)
     start = np.ones(batch, np.int32)
     for row, context in enumerate(contexts):
-        for e in range(context.num_examples if context else 0):
+        if context is None:
+            continue
+        for e in range(context.num_examples):
             at = slice(e * xp, (e + 1) * xp)
             k[:, row, at], v[:, row, at] = context.k[e], context.v[e]
             positions[row, at] = 1 + context.lengths[e] + np.arange(xp)
-        if context:
-            start[row] = todo_start(context.lengths, xp)
+        start[row] = todo_start(context.lengths.tolist(), xp)
     tokens = np.zeros((batch, width), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt

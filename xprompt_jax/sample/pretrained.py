@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,7 @@ def load(folder: str | Path, *, compute: ComputeConfig | None = None, mesh: jax.
     compute = compute or ComputeConfig(dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
     decoder = abstract_model(config, jnp.dtype(dtype or compute.dtype))
 
-    def placed(name: str, value: jax.ShapeDtypeStruct):
+    def placed(name: str, value: Any) -> jax.ShapeDtypeStruct:
         sharding = None if mesh is None else sharding_for(mesh, logical_axes(name), value.shape)
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
 

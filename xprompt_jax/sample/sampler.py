@@ -268,7 +268,7 @@ class XPrompt:
         template = self.prompter.layout.template(grid, grid)
         places = np.nonzero(template == -1)[0]
         guess = np.stack([self.prompter.layout.encode(d) for d in drafts])
-        pad = lambda ids: np.pad(ids, [(0, 0)] * (ids.ndim - 1) + [(0, window)], constant_values=vocab.eoi)  # noqa: E731
+        pad = lambda ids: np.pad(ids, [(0, 0)] * (ids.ndim - 1) + [(0, window)], constant_values=vocab.eoi)
         cache = prefill(
             self._apart, self.config, [c for c, _ in rows], [p for _, p in rows], vocab.bos,
             room=len(template) + window, dtype=self.compute.dtype,
@@ -327,7 +327,7 @@ class XPrompt:
           UserError: shapes differ, a role or id is unknown, or a group has more XP tokens than the model.
         """
         ids = np.asarray(ids, np.int32)
-        full = lambda value, default: np.asarray(default if value is None else value, np.int32)  # noqa: E731
+        full = lambda value, default: np.asarray(default if value is None else value, np.int32)
         roles = full(roles, np.full_like(ids, Role.TD))
         groups = full(groups, np.zeros_like(ids))
         positions = full(positions, np.broadcast_to(np.arange(ids.shape[-1]), ids.shape))

@@ -26,8 +26,8 @@ from xprompt_jax.checkpoint import Checkpoints
 from xprompt_jax.config import Config, load_json, to_json
 from xprompt_jax.errors import UserError
 from xprompt_jax.mesh import make_mesh, report, shard_batch
-from xprompt_jax.model.params import flatten, logical_axes
 from xprompt_jax.model.chameleon import abstract_model
+from xprompt_jax.model.params import flatten, logical_axes
 from xprompt_jax.train.metrics import MetricWriter, peak_flops, step_flops
 from xprompt_jax.train.optim import Params, make_optimizer, split_trainable
 from xprompt_jax.train.state import TrainState, init_state
@@ -86,7 +86,7 @@ def train(
         jax.set_mesh(mesh), _stop_signals() as told_to_stop, contextlib.closing(checkpoints), contextlib.closing(writer),
         ThreadPoolExecutor(1) as ahead, tqdm(total=config.train.steps, initial=start, unit="step", disable=not progress) as bar,
     ):  # fmt: skip
-        fetch = lambda step: shard_batch(data(step), mesh)  # noqa: E731
+        fetch = lambda step: shard_batch(data(step), mesh)
         upcoming = ahead.submit(fetch, start)
         for step in range(start, config.train.steps):
             waited = time.perf_counter()

@@ -52,7 +52,7 @@ def cross_entropy(states: jax.Array, head: jax.Array, labels: jax.Array, weights
     batch, answers, dim = states.shape
     chunk = min(chunk, answers)
     pad = -answers % chunk
-    slices = lambda x: jnp.moveaxis(  # noqa: E731
+    slices = lambda x: jnp.moveaxis(
         jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)).reshape(batch, -1, chunk, *x.shape[2:]), 1, 0
     )
 

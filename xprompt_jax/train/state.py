@@ -69,7 +69,7 @@ def init_state(
 
     Every array is made where it lives: no device ever holds the whole model.
     """
-    make: Callable[..., TrainState] = lambda key, initial: make_state(config, optimizer, key, initial)  # noqa: E731
+    make: Callable[..., TrainState] = lambda key, initial: make_state(config, optimizer, key, initial)
     key = jax.random.key(config.train.seed)
     shapes = jax.eval_shape(make, key, initial)
     shardings = state_shardings(shapes, mesh)

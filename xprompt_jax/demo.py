@@ -39,10 +39,14 @@ log = logging.getLogger(__name__)
 
 SIZE = 32
 VQ = VQConfig(
-    channels=24, channel_multipliers=(1, 2, 2), num_res_blocks=1, latent_channels=32, embed_dim=16, num_codes=256, image_size=SIZE
+    channels=24, channel_multipliers=(1, 2, 2), num_res_blocks=1, latent_channels=32, embed_dim=16, num_codes=512, image_size=SIZE
+)  # fmt: skip
+TASKS = (
+    "depth", "segmentation", "foreground", "invert", "colorize", "normals", "sepia", "low_light", "outlines", "denoise", "duotone",
+    "dehaze", "change_sky", "derain",
 )  # fmt: skip
 MODEL = ModelConfig(
-    vocab_size=1024, dim=128, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=32, ffn_dim=352, num_xp_tokens=8, vq=VQ
+    vocab_size=1280, dim=128, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=32, ffn_dim=352, num_xp_tokens=8, vq=VQ
 )  # fmt: skip
 
 
@@ -58,7 +62,7 @@ class Scale:
 
 
 FULL = Scale(groups=900, vq_steps=500, steps=420, shown=10, scored=64)
-QUICK = Scale(groups=96, vq_steps=40, steps=20, shown=4, scored=8)
+QUICK = Scale(groups=112, vq_steps=40, steps=20, shown=4, scored=8)
 
 
 def run_demo(workdir: Path, *, quick: bool = False, photos: Path | None = None, seed: int = 0) -> Path:
@@ -82,7 +86,7 @@ def run_demo(workdir: Path, *, quick: bool = False, photos: Path | None = None, 
         pictures = photographs(photos, SIZE) if photos else _free_photographs()
         records = list(world_pairs(
             groups=scale.groups, pairs_per_group=4, size=SIZE, seed=seed, photos=pictures, photo_fraction=0.4,
-            eval_fraction=0.15,
+            tasks=TASKS, eval_fraction=0.1,
         ))  # fmt: skip
     with clock("image tokenizer"):
         training = [r for r in records if r.split == "train"]
@@ -183,7 +187,7 @@ def _show(model: XPrompt, records: Sequence[Record], scale: Scale, seed: int) ->
         seen.add(q.task)
         caption = q.instruction
         if len(rows) < 3:
-            caption += f' · the model on the example: "{model.describe([Example(e.input, e.output)])}"'
+            caption += f' · the model on the example: "{model.describe([Example(e.input, e.output)], max_tokens=64)}"'
         images = (("example input", e.input), ("example output", e.output), ("input", q.input), ("generated", drawn[i]), ("target", q.output))
         numbers = (("PSNR-RGB", f"{psnr_rgb(drawn[i], targets[i]):.1f} dB"), ("tokenizer ceiling", f"{psnr_rgb(ceiling[i], targets[i]):.1f} dB"))
         rows.append(ReportRow(q.task.replace("_", " "), caption, images, numbers))

@@ -27,12 +27,12 @@ def images() -> np.ndarray:
 
 
 def train(images: np.ndarray, steps: int, seed: int = 0) -> VQGAN:
-    return train_vqgan(CONFIG, images, steps=steps, batch=16, learning_rate=5e-3, seed=seed, progress=False)
+    return train_vqgan(CONFIG, images, steps=steps, batch=16, learning_rate=4e-3, seed=seed, progress=False)
 
 
 @pytest.fixture(scope="module")
 def trained(images) -> VQGAN:
-    return train(images, 60)
+    return train(images, 150)
 
 
 def error_and_codes(model: VQGAN, images: np.ndarray) -> tuple[float, np.ndarray]:

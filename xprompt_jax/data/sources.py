@@ -129,7 +129,7 @@ def world_pairs(
       size: pixels.
       tasks: names out of `data.tasks.TASKS`; None takes all.
       photos: uint8 crops; tasks that need no scene use them for `photo_fraction` of their groups.
-      eval_fraction: of groups held out: their parameters and their scenes are never trained on.
+      eval_fraction: of groups held out: their parameters, scenes and photographs are never trained on.
 
     Raises:
       UserError: an unknown task.
@@ -140,17 +140,19 @@ def world_pairs(
     unknown = [name for name in names if name not in TASKS]
     if unknown:
         raise UserError(f"task {unknown[0]!r} is unknown; tasks are {', '.join(sorted(TASKS))}")
+    # Every fifth photograph is kept for held-out groups.
+    pools = {"train": [p for i, p in enumerate(photos) if i % 5], "eval": list(photos[::5])}
     for group in range(groups):
         rng = np.random.default_rng([seed, group])
         name = names[group % len(names)]
         task = TASKS[name]
-        if len(photos) >= pairs_per_group and not task.needs_scene and rng.random() < photo_fraction:
-            chosen = rng.choice(len(photos), pairs_per_group, replace=False)
-            sources = [photo_source(photos[i]) for i in chosen]
+        split = "eval" if group >= groups - round(eval_fraction * groups) else "train"
+        if len(pools[split]) >= pairs_per_group and not task.needs_scene and rng.random() < photo_fraction:
+            chosen = rng.choice(len(pools[split]), pairs_per_group, replace=False)
+            sources = [photo_source(pools[split][i]) for i in chosen]
         else:
             sources = scene_sources(int(rng.integers(2**31)), pairs_per_group, size)
         parameters = task.sample_parameters(rng)
-        split = "eval" if group >= groups - round(eval_fraction * groups) else "train"
         for pair in make_pairs(name, parameters, sources, int(rng.integers(2**31))):
             back = pair.reversed()
             yield Record(

@@ -1,0 +1,214 @@
+"""Sources, the token store and the pipeline: from files to rows."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers import TINY_VQ, tiny_tokenizer
+from xprompt_jax.config import BucketConfig, DataConfig
+from xprompt_jax.data.images import save_png
+from xprompt_jax.data.pipeline import GENERIC_INSTRUCTIONS, Episodes, batches, padding
+from xprompt_jax.data.sources import Record, manifest, paired_folders, world_pairs
+from xprompt_jax.data.tokenise import Store, tokenize
+from xprompt_jax.errors import UserError
+from xprompt_jax.model.vqgan import VQGAN
+from xprompt_jax.prompt import DESCRIBE_QUESTION, Prompter, SlotShape
+from xprompt_jax.tokens import Layout
+
+PROMPTER = Prompter(tiny_tokenizer(), Layout("plain", tiny_tokenizer().vocab, 4))
+BUCKETS = (
+    BucketConfig("in_context", examples=1, context=112, todo=112, answer=19, rows=8),
+    BucketConfig("describe", examples=1, context=64, todo=120, answer=64, rows=4, kind="describe"),
+    BucketConfig("text", examples=0, context=0, todo=64, answer=19, rows=4, kind="text_to_image"),
+)
+CONFIG = DataConfig(buckets=BUCKETS, seed=3)
+
+
+def image(seed):
+    return np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+
+
+def records():
+    """Two groups of five pairs; pair i of both groups has the same input image."""
+    for group in range(2):
+        for i in range(5):
+            yield Record(
+                image(i), image(100 + 10 * group + i), f"do {group}", f"undo {group}", f"made {group}{i}", f"unmade {group}{i}",
+                "task", f"g{group}", f"caption {i}", "eval" if i == 4 else "train",
+            )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def vqgan():
+    return VQGAN(TINY_VQ, jax.random.key(1))
+
+
+@pytest.fixture(scope="module")
+def store(vqgan, tmp_path_factory):
+    return tokenize(records(), vqgan, tiny_tokenizer(), tmp_path_factory.mktemp("data") / "store", batch=4, progress=False)
+
+
+def test_every_image_is_stored_once_and_encoded_right(store, vqgan):
+    assert len(store.codes) == 5 + 10 and len(store.pairs) == 10
+    from xprompt_jax.data.images import to_pixels
+
+    for pair, record in zip(store.pairs, records(), strict=True):
+        for number, picture in ((pair.input, record.input), (pair.output, record.output)):
+            np.testing.assert_array_equal(store.codes[number], vqgan.encode(to_pixels(picture)[None])[0])
+
+
+def test_another_vqgan_is_refused(store, tmp_path):
+    folder = tmp_path / "s"
+    tokenize(records(), VQGAN(TINY_VQ, jax.random.key(2)), tiny_tokenizer(), folder, progress=False)
+    Store.open(folder, vqgan=VQGAN(TINY_VQ, jax.random.key(2)))
+    with pytest.raises(UserError, match="another image tokenizer"):
+        Store.open(folder, vqgan=VQGAN(TINY_VQ, jax.random.key(1)))
+    (folder / "pairs.jsonl").write_text("")
+    with pytest.raises(UserError, match="damaged"):
+        Store.open(folder)
+    with pytest.raises(UserError, match="xprompt tokenize"):
+        Store.open(tmp_path / "none")
+
+
+def test_a_bad_image_leaves_nothing_behind(vqgan, tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_text("no picture")
+    with pytest.raises(UserError, match=r"bad\.png: not an image"):
+        tokenize([Record(bad, bad, "x")], vqgan, tiny_tokenizer(), tmp_path / "s", progress=False)
+    with pytest.raises(UserError, match="nothing to tokenize"):
+        tokenize([], vqgan, tiny_tokenizer(), tmp_path / "s", progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.png"]
+
+
+def rows_of(batch):
+    return {name: sorted(map(bytes, np.concatenate([b["ids"], b["targets"]], axis=1))) for name, b in batch.items()}
+
+
+def test_a_step_is_the_same_rows_on_any_number_of_hosts(store):
+    whole = batches(store, PROMPTER, CONFIG, 3)
+    for step in (0, 7, 100):
+        for hosts in (2, 4):
+            parts = [batches(store, PROMPTER, CONFIG, 3, host=(i, hosts))(step) for i in range(hosts)]
+            together = {name: {k: np.concatenate([p[name][k] for p in parts]) for k in whole(step)[name]} for name in whole(step)}
+            assert rows_of(together) == rows_of(whole(step))
+    again = batches(store, PROMPTER, CONFIG, 3)
+    for name, batch in again(7).items():  # asked for out of order, from a new object: a function of the step
+        for field, value in batch.items():
+            np.testing.assert_array_equal(value, whole(7)[name][field])
+    assert rows_of(whole(0)) != rows_of(whole(1))
+    other = batches(store, PROMPTER, dataclasses.replace(CONFIG, seed=4), 3)
+    assert rows_of(other(0)) != rows_of(whole(0))
+
+
+def test_epochs_see_every_episode(store):
+    config = dataclasses.replace(CONFIG, generic_instruction=0.0, buckets=(dataclasses.replace(BUCKETS[2], rows=8),))
+    source = batches(store, PROMPTER, config, 3)  # 8 training captions: one step is one epoch
+    texts = [sorted(map(bytes, source(step)["text"]["ids"])) for step in range(3)]
+    assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 8
+
+
+def test_episodes_say_what_they_should(store):
+    vocab, layout = PROMPTER.vocab, PROMPTER.layout
+    episodes = Episodes(store, PROMPTER, dataclasses.replace(CONFIG, generic_instruction=0.5), BUCKETS[0], 3, "train")
+    assert len(episodes) == 16
+    generic = 0
+    for i, (number, reverse) in enumerate(episodes.specs):
+        pair = store.pairs[number]
+        sample = episodes.sample(i, np.random.default_rng(i))
+        before, after = (pair.output, pair.input) if reverse else (pair.input, pair.output)
+        text = PROMPTER.tokenizer.decode(sample.prompt)
+        generic += text in GENERIC_INSTRUCTIONS
+        assert text in GENERIC_INSTRUCTIONS or text == (pair.reverse_instruction if reverse else pair.instruction)
+        assert PROMPTER.tokenizer.decode(sample.examples[0]) == text
+        np.testing.assert_array_equal(layout.decode(sample.prompt[-19:-1], 4, 4), store.codes[before])
+        np.testing.assert_array_equal(layout.decode(sample.answer[:-1], 4, 4), store.codes[after])
+        assert sample.answer[-1] == vocab.eos
+        shown_in, shown_out = (layout.decode(sample.examples[0][s], 4, 4) for s in (slice(-37, -19), slice(-18, None)))
+        partners = [
+            p for p in store.pairs
+            if p.group == pair.group and p.split == "train" and p.input != pair.input
+            and np.array_equal(store.codes[p.output if reverse else p.input], shown_in)
+            and np.array_equal(store.codes[p.input if reverse else p.output], shown_out)
+        ]  # fmt: skip
+        assert partners, "the example is another pair of the same group and direction"
+    assert 2 <= generic <= 14
+
+
+def test_descriptions_stand_after_the_pair(store):
+    episodes = Episodes(store, PROMPTER, CONFIG, BUCKETS[1], 3, "eval")
+    for i, (number, reverse) in enumerate(episodes.specs):
+        pair = store.pairs[number]
+        sample = episodes.sample(i, np.random.default_rng(0))
+        assert PROMPTER.tokenizer.decode(sample.prompt) == DESCRIBE_QUESTION
+        assert PROMPTER.tokenizer.decode(sample.answer) == (pair.reverse_description if reverse else pair.description)
+        assert PROMPTER.tokenizer.decode(sample.examples[0]) == ""
+        assert pair.split == "eval"
+
+
+def test_dropped_examples_are_empty(store):
+    config = dataclasses.replace(CONFIG, drop_example=1.0)
+    assert (batches(store, PROMPTER, config, 3)(0)["in_context"]["example_lengths"] == 0).all()
+
+
+@pytest.mark.parametrize("mode", ["causal", "none"])
+def test_ablation_modes_fill_their_shapes(store, mode):
+    config = dataclasses.replace(CONFIG, mode=mode, buckets=BUCKETS[:1])
+    batch = batches(store, PROMPTER, config, 3)(0)["in_context"]
+    shape = SlotShape.of(BUCKETS[0], 3, mode)
+    assert batch["ids"].shape == (8, shape.length) and batch["example_lengths"].shape == (8, 0)
+    assert 0 < padding(batch, shape) < 0.9
+
+
+def test_what_does_not_fit_is_left_out_whole(store, caplog):
+    short = dataclasses.replace(BUCKETS[0], context=30)
+    with pytest.raises(UserError, match="finds no train pair"):
+        Episodes(store, PROMPTER, CONFIG, short, 3, "train")
+    assert "8 of 8 pairs are too long" in caplog.text
+    with pytest.raises(UserError, match="do not divide over 3 hosts"):
+        batches(store, PROMPTER, CONFIG, 3, host=(0, 3))
+
+
+def test_paired_folders(tmp_path):
+    for i in range(3):
+        save_png(image(i), tmp_path / "in" / "a" / f"rain-{i}.png")
+        save_png(image(10 + i), tmp_path / "out" / "a" / f"norain-{i}.png")
+    read = lambda rename: list(  # noqa: E731
+        paired_folders(tmp_path / "in", tmp_path / "out", task="derain", instruction="remove the rain", rename=rename)
+    )
+    found = read(("rain", "norain"))
+    assert [(r.input.name, r.output.name) for r in found] == [(f"rain-{i}.png", f"norain-{i}.png") for i in range(3)]
+    with pytest.raises(UserError, match=r"rain-0\.png: no a/rain-0\.\* in"):
+        read(None)
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"input": "a.png"', "line 2: not JSON"),
+    ('{"input": "a.png", "output": "b.png"}', "line 2: no text field 'instruction'"),
+    ('{"input": "a.png", "output": "b.png", "instruction": "x", "colour": 1}', "line 2: unknown field 'colour'"),
+    ("[1]", "line 2: not an object"),
+])  # fmt: skip
+def test_manifests_name_the_line(tmp_path, line, message):
+    path = tmp_path / "m.jsonl"
+    good = {"input_images": ["a.png"], "output_image": "b.png", "instruction": "x", "task_type": "t"}
+    path.write_text(json.dumps(good) + "\n\n")
+    (record,) = manifest(path)
+    assert (record.input, record.output, record.group) == (tmp_path / "a.png", tmp_path / "b.png", "t")
+    path.write_text(json.dumps(good) + "\n" + line + "\n")
+    with pytest.raises(UserError, match=message):
+        list(manifest(path))
+
+
+def test_world_pairs_share_parameters_and_hold_out_groups():
+    photos = [image(i) for i in range(20)]
+    found = list(world_pairs(groups=10, pairs_per_group=3, size=16, tasks=["invert", "depth"], photos=photos, photo_fraction=1.0, eval_fraction=0.2))
+    assert len(found) == 30 and [r.split for r in found] == ["train"] * 24 + ["eval"] * 6
+    assert len({r.group for r in found}) == 10
+    kept = {p.tobytes() for p in photos[::5]}
+    for r in found:
+        if r.task == "invert":
+            assert (r.input.tobytes() in kept) == (r.split == "eval")
+    with pytest.raises(UserError, match="task 'fly' is unknown"):
+        list(world_pairs(groups=1, pairs_per_group=1, size=16, tasks=["fly"]))

@@ -4,8 +4,10 @@ from xprompt_jax.config import BucketConfig, ComputeConfig, Config, DataConfig, 
 
 config = Config(
     model=ModelConfig(
-        vocab_size=1024, dim=64, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=16, ffn_dim=176, num_xp_tokens=4,
-        vq=VQConfig(channels=16, channel_multipliers=(1, 2, 2), num_res_blocks=1, latent_channels=32, embed_dim=16, num_codes=256, image_size=32),
+        vocab_size=1280, dim=64, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=16, ffn_dim=176, num_xp_tokens=4,
+        vq=VQConfig(
+            channels=16, channel_multipliers=(1, 2, 2), num_res_blocks=1, latent_channels=32, embed_dim=16, num_codes=512, image_size=32
+        ),
     ),
     compute=ComputeConfig(dtype="float32"),
     data=DataConfig(

@@ -1,7 +1,8 @@
 """In-context image generation: train on image pairs, compile an example, do the same to new images.
 
-The command line, `xprompt demo | tokenize | train | convert | compile | sample | describe`. Each command is a dataclass of flags with a `run` method. A mistake is one line on stderr and exit code 2. Heavy imports
-stay inside `run`, so that `--help` answers at once.
+The command line, `xprompt demo | tokenize | train | convert | compile | sample | describe`. Each command is a dataclass
+of flags with a `run` method. A mistake is one line on stderr and exit code 2. Heavy imports stay inside `run`, so that
+`--help` answers at once.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import itertools
 import logging
 import os
 import re
@@ -313,7 +315,15 @@ class Describe:
         print(model.describe([pair], seed=self.seed, temperature=self.temperature))
 
 
-COMMANDS: dict[str, Any] = {"demo": Demo, "tokenize": Tokenize, "train": Train, "convert": Convert, "compile": Compile, "sample": Sample, "describe": Describe}
+COMMANDS: dict[str, Any] = {
+    "demo": Demo,
+    "tokenize": Tokenize,
+    "train": Train,
+    "convert": Convert,
+    "compile": Compile,
+    "sample": Sample,
+    "describe": Describe,
+}
 
 
 def _model_folder(path: Path) -> Path:
@@ -345,12 +355,13 @@ def parse(arguments: Sequence[str]) -> Demo | Tokenize | Train | Convert | Compi
     """Flags -> a command. `train` takes its defaults from the file that --config or --workdir names."""
     name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if name not in COMMANDS:
-        return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="xprompt", description=__doc__.splitlines()[0], args=list(arguments) or ["--help"])
+        summary = (__doc__ or "").splitlines()[0]
+        return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="xprompt", description=summary, args=list(arguments) or ["--help"])
     kind = COMMANDS[name]
     if kind is not Train:
         return tyro.cli(kind, prog=f"xprompt {name}", args=rest)
     split = [part for flag in rest for part in (flag.split("=", 1) if flag.startswith("--") else [flag])]
-    given = dict(zip(split, split[1:], strict=False))
+    given = dict(itertools.pairwise(split))
     if "--config" in given:
         settings = load_config(Path(given["--config"]))
     elif "--workdir" in given and (Path(given["--workdir"]) / "config.json").exists():

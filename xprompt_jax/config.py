@@ -216,7 +216,7 @@ PRESETS: dict[str, ModelConfig] = {
     # A Chameleon in everything but size: 64 px images of 16 x 16 codes, about 20 million parameters.
     "mini": ModelConfig(
         vocab_size=2048, dim=384, num_layers=8, num_heads=6, num_kv_heads=6, head_dim=64, ffn_dim=1024, num_xp_tokens=16,
-        vq=VQConfig(channels=32, channel_multipliers=(1, 2, 4), num_res_blocks=2, latent_channels=64, embed_dim=32,
+        vq=VQConfig(channels=48, channel_multipliers=(1, 2, 4), num_res_blocks=2, latent_channels=64, embed_dim=32,
                     num_codes=1024, image_size=64),
     ),
 }  # fmt: skip

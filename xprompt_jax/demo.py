@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 SIZE = 32
 VQ = VQConfig(
-    channels=24, channel_multipliers=(1, 2, 2), num_res_blocks=1, latent_channels=32, embed_dim=16, num_codes=512, image_size=SIZE
+    channels=16, channel_multipliers=(1, 2, 2), num_res_blocks=1, latent_channels=32, embed_dim=16, num_codes=512, image_size=SIZE
 )  # fmt: skip
 TASKS = (
     "depth", "segmentation", "foreground", "invert", "colorize", "normals", "sepia", "low_light", "outlines", "denoise", "duotone",
@@ -61,8 +61,8 @@ class Scale:
     scored: int
 
 
-FULL = Scale(groups=900, vq_steps=500, steps=420, shown=10, scored=64)
-QUICK = Scale(groups=112, vq_steps=40, steps=20, shown=4, scored=8)
+FULL = Scale(groups=700, vq_steps=1400, steps=380, shown=10, scored=48)
+QUICK = Scale(groups=112, vq_steps=60, steps=20, shown=4, scored=8)
 
 
 def run_demo(workdir: Path, *, quick: bool = False, photos: Path | None = None, seed: int = 0) -> Path:
@@ -91,7 +91,7 @@ def run_demo(workdir: Path, *, quick: bool = False, photos: Path | None = None, 
     with clock("image tokenizer"):
         training = [r for r in records if r.split == "train"]
         images = np.stack([image for r in training for image in (r.input, r.output)])
-        vqgan = train_vqgan(VQ, images, steps=scale.vq_steps, batch=32, learning_rate=2e-3, seed=seed)
+        vqgan = train_vqgan(VQ, images, steps=scale.vq_steps, batch=8, learning_rate=4e-3, seed=seed)
     with clock("tokens"):
         tokenizer = train_tokenizer(_texts(training), num_codes=VQ.num_codes, vocab_size=MODEL.vocab_size)
         tokenize(records, vqgan, tokenizer, workdir / "tokens", total=len(records))
@@ -188,9 +188,10 @@ def _show(model: XPrompt, records: Sequence[Record], scale: Scale, seed: int) ->
         caption = q.instruction
         if len(rows) < 3:
             caption += f' · the model on the example: "{model.describe([Example(e.input, e.output)], max_tokens=64)}"'
-        images = (("example input", e.input), ("example output", e.output), ("input", q.input), ("generated", drawn[i]), ("target", q.output))
-        numbers = (("PSNR-RGB", f"{psnr_rgb(drawn[i], targets[i]):.1f} dB"), ("tokenizer ceiling", f"{psnr_rgb(ceiling[i], targets[i]):.1f} dB"))
-        rows.append(ReportRow(q.task.replace("_", " "), caption, images, numbers))
+        shown = (("example input", e.input), ("example output", e.output), ("input", q.input), ("generated", drawn[i]), ("target", q.output))
+        reached, possible = psnr_rgb(drawn[i], targets[i]), psnr_rgb(ceiling[i], targets[i])
+        numbers = (("PSNR-RGB", f"{reached:.1f} dB"), ("tokenizer ceiling", f"{possible:.1f} dB"))
+        rows.append(ReportRow(q.task.replace("_", " "), caption, shown, numbers))
     return rows, scores
 
 
@@ -231,7 +232,10 @@ def _write(workdir: Path, model: XPrompt, rows: Sequence[ReportRow], scores: _Sc
     page = write_report(workdir / "index.html", title="X-Prompt demo", lead=lead, facts=facts, rows=rows, curves=curves, tables=tables)
     for name, value in facts:
         log.info("%s: %s", name, value)
-    log.info("held-out PSNR %.2f dB; wrong example %.2f, input unchanged %.2f, ceiling %.2f", scores.drawn, scores.wrong_example, scores.copied, scores.ceiling)
+    log.info(
+        "held-out PSNR %.2f dB; wrong example %.2f, input unchanged %.2f, ceiling %.2f",
+        scores.drawn, scores.wrong_example, scores.copied, scores.ceiling,
+    )  # fmt: skip
     return page
 
 

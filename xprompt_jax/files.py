@@ -31,7 +31,6 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     except OSError as e:
         raise UserError(f"{path}: cannot write: {e.strerror or e}; free space or choose another place") from None
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it never came to be, or was a folder
+            temporary.unlink()

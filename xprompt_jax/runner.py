@@ -42,7 +42,7 @@ def run_training(config: Config, workdir: str | Path, *, progress: bool = True) 
     if vqgan.config != config.model.vq:
         raise UserError(f"{config.data.store} was made by another VQGAN than model.vq describes; tokenize again or change the config")
     if tokenizer.vocab.size > config.model.vocab_size:
-        raise UserError(f"model.vocab_size {config.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab.size} words; raise it")
+        raise UserError(f"model.vocab_size {config.model.vocab_size} is below the tokenizer's {tokenizer.vocab.size} words; raise it")
     prompter = Prompter(tokenizer, Layout(config.model.layout, tokenizer.vocab, config.model.vq.downsample))
     host = jax.process_index(), jax.process_count()
     source = lambda split: batches(store, prompter, config.data, config.model.num_xp_tokens, split=split, host=host)

@@ -124,8 +124,8 @@ def test_bad_sources(tmp_path):
         open_image(tmp_path / "missing.png")
     with pytest.raises(UserError, match="cannot read"):
         open_image(tmp_path)  # a folder
+    (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot read"):
-        (tmp_path / "file").touch()
         open_image(tmp_path / "file" / "a.png")
     with pytest.raises(UserError, match="not float64"):
         open_image(np.zeros((4, 4, 3)))

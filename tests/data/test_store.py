@@ -175,7 +175,7 @@ def test_paired_folders(tmp_path):
     for i in range(3):
         save_png(image(i), tmp_path / "in" / "a" / f"rain-{i}.png")
         save_png(image(10 + i), tmp_path / "out" / "a" / f"norain-{i}.png")
-    read = lambda rename: list(  # noqa: E731
+    read = lambda rename: list(
         paired_folders(tmp_path / "in", tmp_path / "out", task="derain", instruction="remove the rain", rename=rename)
     )
     found = read(("rain", "norain"))

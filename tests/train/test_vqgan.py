@@ -58,15 +58,12 @@ def test_rows_lie_among_the_latents(trained, images):
 
 
 def test_seed_decides_everything(images):
-    first, again, other = (flatten(train(images, 6, seed)) for seed in (3, 3, 4))
+    """With fewer images than a batch holds."""
+    first, again, other = (flatten(train(images[:3], 6, seed)) for seed in (3, 3, 4))
     for name, value in first.items():
+        assert np.isfinite(value).all(), name
         np.testing.assert_array_equal(value, again[name], err_msg=name)
     assert any(np.any(value != other[name]) for name, value in first.items())
-
-
-def test_one_image_and_one_step_are_enough(images):
-    model = train(images[:1], 1)
-    assert all(np.isfinite(value).all() for value in flatten(model).values())
 
 
 @pytest.mark.parametrize("wrong", [np.zeros((2, 8, 8, 3), np.float32), np.zeros((8, 8, 3), np.uint8), np.zeros((0, 8, 8, 3), np.uint8)])

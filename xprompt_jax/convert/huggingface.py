@@ -19,7 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from xprompt_jax.config import ModelConfig, VQConfig
-from xprompt_jax.convert.names import HF_VQGAN_PREFIX, HF_XP, LAYER, hf_decoder, load_conv, save_conv, vqgan_name
+from xprompt_jax.convert.names import HF_VQGAN_PREFIX, HF_XP, LAYER, hf_decoder, load_conv, save_conv
 from xprompt_jax.errors import UserError
 from xprompt_jax.files import atomic_path
 from xprompt_jax.model.params import flatten
@@ -158,7 +158,7 @@ def load_vqgan(tensors: Tensors, config: VQConfig) -> dict[str, np.ndarray]:
     if HF_VQGAN_PREFIX + "decoder.conv_in.weight" not in tensors:
         raise UserError(f"{tensors.folder}: no VQGAN decoder (Hugging Face's own conversion leaves it out): images cannot be drawn; "
                         "use a folder that has model.vqmodel.decoder.*")  # fmt: skip
-    return {n: load_conv(tensors[HF_VQGAN_PREFIX + vqgan_name(n)]).astype(np.float32) for n in names}
+    return {n: load_conv(tensors[HF_VQGAN_PREFIX + n]).astype(np.float32) for n in names}
 
 
 def export(folder: str | Path, config: ModelConfig, decoder: Mapping[str, Any], vqgan: Mapping[str, Any], vocab: Mapping[str, int]) -> None:
@@ -177,7 +177,8 @@ def export(folder: str | Path, config: ModelConfig, decoder: Mapping[str, Any], 
         if len(shards) > 1:
             weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
             size = sum(v.nbytes for shard in shards for v in shard.values())
-            (temporary / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}))
+            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+            (temporary / "model.safetensors.index.json").write_text(json.dumps(index))
         (temporary / "config.json").write_text(json.dumps(write_config(config, vocab), indent=2))
 
 
@@ -191,4 +192,4 @@ def _their_tensors(config: ModelConfig, decoder, vqgan) -> Iterator[tuple[str, n
             yield entry.theirs, np.ascontiguousarray(entry.save(value))
     yield HF_XP, np.asarray(decoder["xp"])
     for name, value in vqgan.items():
-        yield HF_VQGAN_PREFIX + vqgan_name(name), save_conv(np.asarray(value))
+        yield HF_VQGAN_PREFIX + name, save_conv(np.asarray(value))

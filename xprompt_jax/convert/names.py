@@ -80,13 +80,9 @@ def hf_decoder(c: ModelConfig) -> list[Entry]:
 
 
 HF_VQGAN_PREFIX = "model.vqmodel."
+"""Stands before the VQGAN's names, which are Meta's and ours."""
 HF_XP = "xprompt.xp_embeddings"
 """Our own tensor in exported files; HF's loader reports it as unexpected and goes on."""
-
-
-def vqgan_name(ours: str) -> str:
-    """Meta's name of a VQGAN parameter (HF's has a prefix): the same path, and the codebook's `.weight`."""
-    return "quantize.embedding.weight" if ours == "quantize.embedding" else ours
 
 
 def load_conv(value: np.ndarray) -> np.ndarray:

@@ -83,7 +83,7 @@ class Episodes:
         directions = (False, True) if config.reverse and bucket.kind != "text_to_image" else (False,)
         self.specs = [(i, reverse) for i, p in fits for reverse in directions if self._usable(i, p, reverse)]
         if not self.specs:
-            raise UserError(f"bucket {bucket.name!r} finds no {split} pair it can use in the store; tokenize other data or change the bucket")
+            raise UserError(f"bucket {bucket.name!r} finds no {split} pair it can use; tokenize other data or change the bucket")
 
     def __len__(self) -> int:
         return len(self.specs)

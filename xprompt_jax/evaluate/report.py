@@ -95,7 +95,7 @@ def _plot(curves: Sequence[Curve]) -> dict | None:
     y_top = max(y for _, y in points)
     step = _nice(y_top / 4 or 1.0)
     y_max = step * max(math.ceil(y_top / step), 1)
-    at = lambda x, y: f"{left + width * x / x_max:.1f},{top + height * (1 - y / y_max):.1f}"  # noqa: E731
+    at = lambda x, y: f"{left + width * x / x_max:.1f},{top + height * (1 - y / y_max):.1f}"
     x_step = _nice(x_max / 5)
     return {
         "lines": [

@@ -190,11 +190,10 @@ class XPrompt:
         Raises:
           UserError: an unreadable input, a compiled prompt of another model, an unknown `decoding`.
         """
-        for images in self.stream(
+        *_, images = self.stream(
             task, inputs, instruction, seed=seed, num_images=num_images, guidance=guidance, decoding=decoding,
             window=window, temperature=temperature, top_k=top_k, top_p=top_p, progress=progress, partial=False,
-        ):  # fmt: skip
-            pass
+        )  # fmt: skip
         return images
 
     def stream(
@@ -215,7 +214,8 @@ class XPrompt:
             branches["example"].append((context, self.prompter.task("", code)))
             branches["full"].append((context, self.prompter.task(text, code)))
         options = Sampling(temperature, top_k, top_p)
-        for drawn in self._draw(branches, codes, seed, num_images, Guidance.of(guidance), decoding, window, options, progress, partial):
+        scale = Guidance.of(guidance)
+        for drawn in self._draw(branches, codes, seed, num_images, scale, decoding, window, options, progress, partial):
             yield self.decode_images(drawn)
 
     def text_to_image(
@@ -231,9 +231,7 @@ class XPrompt:
         full = [(None, self.prompter.text_task(p)) for p in prompts]
         branches = {"nothing": nothing, "image": nothing, "example": nothing, "full": full}
         options = Sampling(temperature, top_k, top_p)
-        drawn = np.zeros(0)
-        for drawn in self._draw(branches, None, seed, num_images, scale, decoding, window, options, progress, False):
-            pass
+        *_, drawn = self._draw(branches, None, seed, num_images, scale, decoding, window, options, progress, False)
         return self.decode_images(drawn)
 
     def _draw(self, branches, drafts, seed, num_images, guidance, decoding, window, sampling, progress, partial):
@@ -243,7 +241,7 @@ class XPrompt:
         if num_images < 1 or window < 1:
             raise UserError(f"num_images {num_images} and window {window} must be at least 1")
         window = window if decoding == "jacobi" else 1
-        grid, (vocab, weights) = self.config.vq.grid, (self.tokenizer.vocab, guidance.weights())
+        grid, weights = self.config.vq.grid, guidance.weights()
         total = len(branches["full"]) * num_images
         codes = np.zeros((total, grid, grid), np.int32)
         with tqdm(total=total * grid * grid, unit="token", disable=not progress, desc="drawing") as bar:
@@ -254,7 +252,8 @@ class XPrompt:
                 keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), i % num_images) for i in padded])
                 guess = np.zeros((len(padded), grid, grid), np.int32) if drafts is None else drafts[[i // num_images for i in padded]]
                 chunks = grid if partial or progress else 1
-                for done, drawn in self._draw_batch(rows, np.array(list(weights.values()), np.float32), keys, guess, window, sampling, chunks):
+                scales = np.array(list(weights.values()), np.float32)
+                for done, drawn in self._draw_batch(rows, scales, keys, guess, window, sampling, chunks):
                     codes[images] = np.where(done, drawn[: len(images)], drawn[: len(images), :1, :1])
                     bar.update(len(images) * grid * grid // chunks)
                     if partial:

@@ -31,11 +31,11 @@ from xprompt_jax.model.vqgan import VQGAN
 Params = dict[str, jax.Array]
 
 CODEBOOK = "quantize.embedding.weight"
-SQUARE, EDGE, COMMITMENT = 2.0, 0.25, 0.25  # weights beside L1: L2, neighbour differences, |latent - row|^2
+SQUARE, EDGE, COMMITMENT = 5.0, 0.25, 0.25  # weights beside L1: L2, neighbour differences, |latent - row|^2
 MUON_LEARNING_RATE = 2.0  # of kernels, relative to `learning_rate`
 DECAY = 0.97  # of the codebook's moving averages, per step
 DEAD = 0.05  # a row used less than this fraction of an even share is moved
-WARMUP = 0.15  # fraction of the steps without quantisation
+WARMUP = 0.08  # fraction of the steps without quantisation
 KMEANS_ROUNDS = 10
 KMEANS_IMAGES = 256
 

@@ -1,0 +1,170 @@
+"""The command line as a person meets it: real processes, real files."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+from tests.helpers import FP32, TINY, tiny_tokenizer
+from xprompt_jax import UserError, XPrompt
+from xprompt_jax.cli import COMMANDS, load_config, main
+from xprompt_jax.config import Config, from_json, to_json
+from xprompt_jax.data.images import save_png
+from xprompt_jax.model.chameleon import Chameleon
+from xprompt_jax.model.vqgan import VQGAN
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments, cwd=ROOT):
+    return subprocess.run([sys.executable, "-m", "xprompt_jax", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def fails(capsys, *arguments):
+    """The one line that a mistake prints, with exit code 2."""
+    with pytest.raises(SystemExit) as exit:
+        main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    assert exit.value.code == 2 and captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("xprompt: ") and "Traceback" not in line
+    return line
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("m") / "tiny"
+    XPrompt(Chameleon(TINY, jax.random.key(0)), VQGAN(TINY.vq, jax.random.key(1)), tiny_tokenizer(), compute=FP32).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(4):
+        for side in ("in", "out"):
+            save_png(np.random.default_rng([i, side == "in"]).integers(0, 256, (20, 24, 3), dtype=np.uint8), folder / side / f"{i}.png")
+    return folder
+
+
+def test_help_is_quick_and_teaches():
+    start = time.perf_counter()
+    result = run("--help")
+    assert result.returncode == 0 and all(name in result.stdout for name in COMMANDS)
+    for name in COMMANDS:
+        result = run(name, "--help")
+        assert result.returncode == 0 and "xprompt " + name in result.stdout.replace("\n", " ")
+    assert (time.perf_counter() - start) / (1 + len(COMMANDS)) < 10  # it must not wait for JAX; generous for a busy machine
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["fly"], "unknown: fly; commands are demo"),
+    (["sample", "--mdel", "x"], "--mdel"),
+    (["sample"], "missing --model PATH, --out PATH"),
+    (["sample", "--model", "m", "--out", "o", "--seed", "z"], "--seed"),
+    (["sample", "--model", "m", "--out", "o"], "--inputs with --task, or --texts"),
+    (["sample", "--model", "m", "--out", "o", "--inputs", "a.png"], "needs --task"),
+    (["sample", "--model", "/none", "--out", "o", "--texts", "a"], "--model /none: no such folder"),
+    (["compile", "--model", "/none", "--inputs", "a", "b", "--outputs", "c", "--out", "o"], "2 images and --outputs 1"),
+    (["tokenize", "--model", "m", "--out", "o"], "give one source"),
+    (["tokenize", "--model", "m", "--out", "o", "--inputs", "a"], "belong together"),
+    (["convert", "--source", "/none", "--out", "o"], "--source /none: no such folder"),
+    (["train"], "missing --workdir PATH"),
+    (["train", "--workdir", "/none/run"], "start one with --config"),
+    (["train", "--config", "none.py", "--workdir", "w"], "none.py: cannot read"),
+    (["train", "--config", "configs/debug_cpu.py", "--workdir", "w", "--optim.learnin-rate", "1"], "did you mean --optim.learning-rate?"),
+    (["train", "--config=configs/debug_cpu.py", "--workdir", "w", "--train.steps", "many"], "--train.steps"),
+    (["demo", "--devices", "0"], "--devices"),
+])  # fmt: skip
+def test_mistakes_are_one_line(capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(ROOT)
+    assert message in fails(capsys, *arguments)
+
+
+def test_bad_files_are_named(capsys, model, tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"")
+    assert "bad.png: empty" in fails(capsys, "describe", "--model", model, "--input", bad, "--output", bad)
+    assert "bad.png: not a readable compiled prompt" in fails(
+        capsys, "sample", "--model", model, "--task", bad, "--inputs", _picture(tmp_path), "--out", tmp_path / "o"
+    )
+    assert not (tmp_path / "o").exists()
+
+
+def _picture(folder):
+    path = folder / "p.png"
+    PIL.Image.new("RGB", (20, 20), "red").save(path)
+    return path
+
+
+@pytest.mark.parametrize("text, message", [
+    ("config = 3", "defines no `config = Config"),
+    ("from xprompt_jax.config import *\nconfig = Config(modle=1)", "modle"),
+    ("config = (", "SyntaxError"),
+])  # fmt: skip
+def test_bad_config_files_are_named(tmp_path, text, message):
+    path = tmp_path / "c.py"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        load_config(path)
+    assert "c.py" in str(error.value)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"modle": {}}, "unknown key 'modle'"), ({"train": {"steps": "x"}}, "train.steps"), ({"data": {"buckets": [{"rows": 1}]}}, "data.buckets.0"),
+])  # fmt: skip
+def test_bad_json_configs_are_named(change, message):
+    with pytest.raises(UserError, match=message):
+        from_json(Config, json.dumps(change), source="c.json")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_loads_and_round_trips(path):
+    config = load_config(path)
+    assert from_json(Config, to_json(config)) == config
+
+
+def test_tokenize_train_compile_sample_describe_convert(model, pictures, tmp_path):
+    """The whole way in real processes, as docs/ tells it."""
+    task = ["--task", "derain", "--instruction", "remove the rain", "--reverse-instruction", "add rain"]
+    result = run("tokenize", "--model", model, "--out", tmp_path / "s", "--inputs", pictures / "in", "--outputs", pictures / "out", *task)
+    assert result.returncode == 0, result.stderr
+    assert "4 pairs, 8 images" in result.stdout
+
+    buckets = '[{"name": "a", "examples": 1, "context": 96, "todo": 96, "answer": 19, "rows": 8}]'
+    config = json.loads(to_json(Config(model=TINY, compute=FP32)))
+    config["data"] |= {"store": str(tmp_path / "s"), "buckets": json.loads(buckets)}
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    train = ["train", "--config", tmp_path / "c.json", "--workdir", tmp_path / "run", "--train.save-every", 2]
+    result = run(*train, "--train.steps", 3)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "model" / "config.json").exists()
+    result = run("train", "--workdir", tmp_path / "run", "--train.steps", 4)
+    assert result.returncode == 0 and "resumed from step 3" in result.stderr, result.stderr
+
+    trained = tmp_path / "run" / "model"
+    result = run(
+        "compile", "--model", trained, "--inputs", pictures / "in" / "0.png", "--outputs", pictures / "out" / "0.png",
+        "--instruction", "remove the rain", "--out", tmp_path / "t.xprompt",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    result = run(
+        "sample", "--model", trained, "--task", tmp_path / "t.xprompt", "--inputs", pictures / "in" / "1.png", pictures / "in" / "2.png",
+        "--num-images", 2, "--out", tmp_path / "drawn",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    drawn = sorted(p.name for p in (tmp_path / "drawn").iterdir())
+    assert drawn == ["0000-1-0.png", "0000-1-1.png", "0001-2-0.png", "0001-2-1.png"]
+    assert PIL.Image.open(tmp_path / "drawn" / drawn[0]).size == (16, 16)
+    result = run("sample", "--model", model, "--task", tmp_path / "t.xprompt", "--inputs", pictures / "in" / "1.png", "--out", tmp_path / "no")
+    assert result.returncode == 2 and "belongs to model" in result.stderr and not (tmp_path / "no").exists()
+    result = run("describe", "--model", trained, "--input", pictures / "in" / "0.png", "--output", pictures / "out" / "0.png")
+    assert result.returncode == 0, result.stderr
+    result = run("convert", "--source", trained, "--out", tmp_path / "hf", "--to", "huggingface")
+    assert result.returncode == 0 and (tmp_path / "hf" / "model.safetensors").exists(), result.stderr

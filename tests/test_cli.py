@@ -117,7 +117,9 @@ def test_bad_config_files_are_named(tmp_path, text, message):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"modle": {}}, "unknown key 'modle'"), ({"train": {"steps": "x"}}, "train.steps"), ({"data": {"buckets": [{"rows": 1}]}}, "data.buckets.0"),
+    ({"modle": {}}, "unknown key 'modle'"),
+    ({"train": {"steps": "x"}}, "train.steps"),
+    ({"data": {"buckets": [{"rows": 1}]}}, "data.buckets.0"),
 ])  # fmt: skip
 def test_bad_json_configs_are_named(change, message):
     with pytest.raises(UserError, match=message):
@@ -162,7 +164,8 @@ def test_tokenize_train_compile_sample_describe_convert(model, pictures, tmp_pat
     drawn = sorted(p.name for p in (tmp_path / "drawn").iterdir())
     assert drawn == ["0000-1-0.png", "0000-1-1.png", "0001-2-0.png", "0001-2-1.png"]
     assert PIL.Image.open(tmp_path / "drawn" / drawn[0]).size == (16, 16)
-    result = run("sample", "--model", model, "--task", tmp_path / "t.xprompt", "--inputs", pictures / "in" / "1.png", "--out", tmp_path / "no")
+    other = ["--task", tmp_path / "t.xprompt", "--inputs", pictures / "in" / "1.png", "--out", tmp_path / "no"]
+    result = run("sample", "--model", model, *other)
     assert result.returncode == 2 and "belongs to model" in result.stderr and not (tmp_path / "no").exists()
     result = run("describe", "--model", trained, "--input", pictures / "in" / "0.png", "--output", pictures / "out" / "0.png")
     assert result.returncode == 0, result.stderr

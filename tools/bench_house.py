@@ -43,7 +43,8 @@ def timed(script: str, folder: Path) -> tuple[float, float]:
         "import resource, subprocess, sys; code = subprocess.call(['bash', '-eu', '-c', sys.argv[1]], stdin=subprocess.DEVNULL, stdout=2)\n"
         "print(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
-    environment = os.environ | {"PIP_NO_CACHE_DIR": "1", "XDG_CACHE_HOME": str(folder / ".cache"), "PYTHONNOUSERSITE": "1", "PYTHONPATH": ""}
+    empty = {"PIP_NO_CACHE_DIR": "1", "XDG_CACHE_HOME": str(folder / ".cache"), "PYTHONNOUSERSITE": "1", "PYTHONPATH": ""}
+    environment = os.environ | empty
     start = time.perf_counter()
     out = subprocess.run([sys.executable, "-c", code, script], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     seconds = time.perf_counter() - start

@@ -76,10 +76,7 @@ def spec(*logical: str | None) -> PartitionSpec:
 
 def sharding_for(mesh: Mesh, logical: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
     """The sharding of a tensor of `shape`; a dimension that its mesh axes do not divide stays whole."""
-    whole = [
-        name if size % math.prod(mesh.shape[a] for a in RULES[name]) == 0 else None
-        for name, size in zip(logical, shape, strict=True)
-    ]
+    whole = [name if size % math.prod(mesh.shape[a] for a in RULES[name]) == 0 else None for name, size in zip(logical, shape, strict=True)]
     spec(*logical)  # collisions are refused on the names asked for
     return NamedSharding(mesh, spec(*whole))
 
@@ -90,8 +87,7 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     if mesh.empty:
         return x
     whole = [
-        name if size % math.prod(mesh.shape[a] for a in RULES[name]) == 0 else None
-        for name, size in zip(logical, x.shape, strict=True)
+        name if size % math.prod(mesh.shape[a] for a in RULES[name]) == 0 else None for name, size in zip(logical, x.shape, strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, spec(*whole))
 
@@ -127,9 +123,7 @@ def start_distributed(mode: str = "auto") -> None:
     jax.distributed.initialize(address, int(count), int(index))
 
 
-def report(
-    params: Mapping[str, Any], axes: Callable[[str], Sequence[str | None]], mesh: Mesh, trainable: Collection[str]
-) -> str:
+def report(params: Mapping[str, Any], axes: Callable[[str], Sequence[str | None]], mesh: Mesh, trainable: Collection[str]) -> str:
     """A table of every parameter: shape, type, partition, bytes on one device, trained or frozen.
 
     Raises:
@@ -156,4 +150,5 @@ def report(
 def log_devices() -> None:
     """Says which devices this process sees; a silent fall back to the CPU is a common surprise."""
     devices = jax.devices()
-    logging.getLogger(__name__).info("%d x %s, process %d of %d", len(devices), devices[0].device_kind, jax.process_index(), jax.process_count())
+    where = jax.process_index(), jax.process_count()
+    logging.getLogger(__name__).info("%d x %s, process %d of %d", len(devices), devices[0].device_kind, *where)

@@ -54,9 +54,7 @@ def run_training(config: Config, workdir: str | Path, *, progress: bool = True) 
         if start.config != config.model:
             raise UserError(f"{config.train.init_from} has another architecture than `model` in the config; use its config.json's values")
         initial = flatten(start.decoder)
-    state = train(
-        config, workdir, source("train"), eval_data=source("eval") if held_out else None, initial=initial, progress=progress
-    )
+    state = train(config, workdir, source("train"), eval_data=source("eval") if held_out else None, initial=initial, progress=progress)
     if int(state.step) < config.train.steps:
         return None
     model = XPrompt(decoder_of(config, state), vqgan, tokenizer)

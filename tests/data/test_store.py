@@ -203,7 +203,8 @@ def test_manifests_name_the_line(tmp_path, line, message):
 
 def test_world_pairs_share_parameters_and_hold_out_groups():
     photos = [image(i) for i in range(20)]
-    found = list(world_pairs(groups=10, pairs_per_group=3, size=16, tasks=["invert", "depth"], photos=photos, photo_fraction=1.0, eval_fraction=0.2))
+    options = {"size": 16, "tasks": ["invert", "depth"], "photos": photos, "photo_fraction": 1.0, "eval_fraction": 0.2}
+    found = list(world_pairs(groups=10, pairs_per_group=3, **options))
     assert len(found) == 30 and [r.split for r in found] == ["train"] * 24 + ["eval"] * 6
     assert len({r.group for r in found}) == 10
     kept = {p.tobytes() for p in photos[::5]}

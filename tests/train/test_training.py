@@ -147,6 +147,7 @@ def test_frozen_parameters_stay_and_cost_nothing(rule, names):
 
 def test_loop_resumes_exactly_and_onto_another_mesh(tmp_path):
     whole = train(CONFIG, tmp_path / "whole", data, eval_data=data, progress=False)
+
     # Stopped by SIGTERM in the middle: saves, returns early, and goes on from there.
     def interrupted(step):
         if step == 2:

@@ -42,7 +42,7 @@ class Record:
 
 
 def held_out(key: str, fraction: float) -> str:
-    """"eval" for a stable `fraction` of all keys, else "train": decided by a hash, so adding data moves nothing."""
+    """ "eval" for a stable `fraction` of all keys, else "train": decided by a hash, so adding data moves nothing."""
     value = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
     return "eval" if value < fraction else "train"
 

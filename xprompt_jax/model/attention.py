@@ -113,7 +113,7 @@ def split_attention(
     carried = dense_attention(q_xp, keys, values, mask)
 
     parts = [
-        example[:: examples, :1],
+        example[::examples, :1],
         example[:, 1:].reshape(batch, examples * context, *q.shape[2:]),
         carried.reshape(batch, examples * xp, *q.shape[2:]),
     ]

@@ -1,8 +1,8 @@
 """The Python API: a model, its tokenizers, and what a person does with them.
 
-    model = XPrompt.from_pretrained(folder)
-    task  = model.compile([Example(input=before, output=after, instruction="remove the rain")])
-    out   = model.generate(task, inputs=[photo])
+model = XPrompt.from_pretrained(folder)
+task  = model.compile([Example(input=before, output=after, instruction="remove the rain")])
+out   = model.generate(task, inputs=[photo])
 """
 
 from __future__ import annotations
@@ -142,9 +142,7 @@ class XPrompt:
         k, v = self._compiled_examples(
             self.decoder, batch["ids"], batch["positions"], shape, batch["example_lengths"], self.compute
         )  # fmt: skip
-        return CompiledPrompt(
-            np.asarray(k).swapaxes(0, 1), np.asarray(v).swapaxes(0, 1), batch["example_lengths"][:, 0], self.fingerprint
-        )
+        return CompiledPrompt(np.asarray(k).swapaxes(0, 1), np.asarray(v).swapaxes(0, 1), batch["example_lengths"][:, 0], self.fingerprint)
 
     @functools.cached_property
     def _no_example(self) -> CompiledPrompt:

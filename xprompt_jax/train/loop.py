@@ -75,9 +75,7 @@ def train(
         log.info("resumed from step %d of %s", newest, workdir)
     start = newest or 0
 
-    writer = MetricWriter(
-        workdir, resume_step=start, wandb_project=config.train.wandb_project, run_config=dataclasses.asdict(config)
-    )
+    writer = MetricWriter(workdir, resume_step=start, wandb_project=config.train.wandb_project, run_config=dataclasses.asdict(config))
     train_step = make_train_step(config, optimizer, jax.tree.map(lambda a: a.sharding, abstract))
     eval_step = make_eval_step(config)
     watch = _Watch(config, writer)
@@ -111,7 +109,7 @@ def train(
                 saved = done
             bar.update()
             if told_to_stop():
-                log.warning("stopped at step %d of %d, saved in %s; the same command goes on from there", saved, config.train.steps, workdir)
+                log.warning("stopped at step %d of %d; the same command goes on from there (%s)", saved, config.train.steps, workdir)
                 break
         watch.finish_previous(bar)
     return state

@@ -49,12 +49,10 @@ def cross_entropy(states: jax.Array, head: jax.Array, labels: jax.Array, weights
       weights: float32 [B, A].
       chunk: tokens of a row per slice.
     """
-    batch, answers, dim = states.shape
+    batch, answers, _ = states.shape
     chunk = min(chunk, answers)
     pad = -answers % chunk
-    slices = lambda x: jnp.moveaxis(
-        jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)).reshape(batch, -1, chunk, *x.shape[2:]), 1, 0
-    )
+    slices = lambda x: jnp.moveaxis(jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)).reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
     def body(total: Sums, part):

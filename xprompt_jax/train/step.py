@@ -63,7 +63,7 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation, sha
     rate = schedule(config.optim, config.train.steps)
     shards = 1
     if shardings is not None:
-        mesh = shardings.step.mesh
+        mesh = jax.tree.leaves(shardings)[0].mesh
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
 
     def loss(trainable: Params, frozen: Params, batches: Batches, key, total_weight: jax.Array):

@@ -79,9 +79,7 @@ def train_vqgan(
     like = jax.eval_shape(lambda: VQGAN(config, init_key))
     params = jax.jit(lambda k: flatten(VQGAN(config, k)))(init_key)
     optimizer = _optimizer(learning_rate, steps)
-    state = VQState(
-        params, optimizer.init(_trained(params)), jnp.ones(config.num_codes), jnp.zeros((config.num_codes, config.embed_dim))
-    )
+    state = VQState(params, optimizer.init(_trained(params)), jnp.ones(config.num_codes), jnp.zeros((config.num_codes, config.embed_dim)))
     step = jax.jit(functools.partial(_step, like, optimizer), donate_argnums=0)
     quantise_from = int(steps * WARMUP)
     with tqdm(total=steps, unit="step", disable=not progress, desc="image tokenizer") as bar:

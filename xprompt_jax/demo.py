@@ -61,7 +61,7 @@ class Scale:
     scored: int
 
 
-FULL = Scale(groups=700, vq_steps=1200, steps=700, shown=10, scored=48)
+FULL = Scale(groups=700, vq_steps=1200, steps=900, shown=10, scored=48)
 QUICK = Scale(groups=80, vq_steps=60, steps=20, shown=4, scored=8)
 
 

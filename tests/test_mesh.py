@@ -102,7 +102,7 @@ def test_large_tensor_on_every_device_is_refused():
 
 
 def test_one_process_starts_alone(monkeypatch):
-    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"):
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"):
         monkeypatch.delenv(name, raising=False)
     start_distributed("off")
     start_distributed("auto")

@@ -161,6 +161,7 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0 turns clipping off."""
     xp_lr_multiplier: float = 1.0
     """Learning rate of the XP embeddings relative to the rest; they have no weight decay."""
     trainable: Literal["all", "xp", "image_head"] = "all"

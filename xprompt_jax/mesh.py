@@ -111,7 +111,8 @@ def start_distributed(mode: str = "auto") -> None:
     if mode == "off":
         return
     if mode == "auto":
-        sizes = (os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
+        # The step's count: SLURM_NTASKS is also set in a batch script that srun has not spread out.
+        sizes = (os.environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
         pod = os.environ.get("TPU_WORKER_HOSTNAMES", "").count(",") > 0
         if pod or any(size.isdigit() and int(size) > 1 for size in sizes):
             jax.distributed.initialize()

@@ -19,7 +19,7 @@ from xprompt_jax.train.loop import train
 from xprompt_jax.train.loss import cross_entropy, gather_answers
 from xprompt_jax.train.metrics import attention_pairs, read_metrics, row_flops
 from xprompt_jax.train.optim import make_optimizer, merge, schedule, split_trainable
-from xprompt_jax.train.state import init_state
+from xprompt_jax.train.state import abstract_state, init_state
 from xprompt_jax.train.step import make_train_step, shapes_of
 
 CONFIG = Config(
@@ -47,7 +47,7 @@ def replace(config=CONFIG, **parts):
 def run_steps(config, devices, steps=3):
     mesh = make_mesh(config.mesh, devices)
     optimizer = make_optimizer(config.optim, config.train.steps)
-    state, abstract = init_state(config, optimizer, mesh)
+    state, abstract = init_state(config, optimizer, mesh), abstract_state(config, optimizer, mesh)
     step = make_train_step(config, optimizer, jax.tree.map(lambda a: a.sharding, abstract))
     history = []
     with jax.set_mesh(mesh):
@@ -181,6 +181,25 @@ def test_divergence_stops_the_run_and_is_not_saved(tmp_path):
     with pytest.raises(UserError, match="diverged"):
         train(config, tmp_path, data, progress=False)
     assert read_metrics(tmp_path)[0]["step"] == 1
+
+
+def test_rows_must_divide_over_devices():
+    with pytest.raises(UserError, match="not a multiple of the 8 devices"):
+        run_steps(replace(train={"accumulate": 2}), None)
+
+
+def test_a_torn_line_of_metrics_is_passed_over(tmp_path):
+    train(replace(train={"steps": 1}), tmp_path, data, progress=False)
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 1, "lo')
+    train(replace(train={"steps": 2}), tmp_path, data, progress=False)
+    assert [m["step"] for m in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_no_clipping_is_not_no_training():
+    state, _ = run_steps(replace(optim={"clip_norm": 0.0}), jax.devices()[:1], steps=2)
+    fresh, _ = run_steps(replace(optim={"clip_norm": 0.0}), jax.devices()[:1], steps=0)
+    assert np.abs(state.params["norm"] - fresh.params["norm"]).max() > 0
 
 
 def test_schedule_shapes():

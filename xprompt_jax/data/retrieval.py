@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -40,7 +41,7 @@ class HashedNgramEncoder:
             padded = f"^{word}$"
             for i in range(len(padded) - 2):
                 yield f"t {padded[i : i + 3]}", 0.3
-        for pair in zip(words, words[1:], strict=False):
+        for pair in itertools.pairwise(words):
             yield "p " + " ".join(pair), 0.7
 
 

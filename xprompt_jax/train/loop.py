@@ -25,12 +25,13 @@ from tqdm import tqdm
 from xprompt_jax.checkpoint import Checkpoints
 from xprompt_jax.config import Config, load_json, to_json
 from xprompt_jax.errors import UserError
+from xprompt_jax.files import atomic_path
 from xprompt_jax.mesh import make_mesh, report, shard_batch
 from xprompt_jax.model.chameleon import abstract_model
 from xprompt_jax.model.params import flatten, logical_axes
 from xprompt_jax.train.metrics import MetricWriter, peak_flops, step_flops
 from xprompt_jax.train.optim import Params, make_optimizer, split_trainable
-from xprompt_jax.train.state import TrainState, init_state
+from xprompt_jax.train.state import TrainState, abstract_state, init_state
 from xprompt_jax.train.step import make_eval_step, make_train_step
 
 log = logging.getLogger(__name__)
@@ -65,15 +66,16 @@ def train(
     optimizer = make_optimizer(config.optim, config.train.steps)
     model = flatten(abstract_model(config.model))
     trainable, _ = jax.eval_shape(lambda p: split_trainable(p, config), model)
-    log.info("parameters:\n%s", report(model, logical_axes, mesh, set(trainable)))
+    log.info("parameters:\n%s", report(model, logical_axes, mesh, {name.removesuffix(".image") for name in trainable}))
 
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep)
-    state, abstract = init_state(config, optimizer, mesh, initial)
-    newest = checkpoints.latest()
-    if newest is not None:
-        state = checkpoints.restore(newest, abstract)
-        log.info("resumed from step %d of %s", newest, workdir)
-    start = newest or 0
+    abstract = abstract_state(config, optimizer, mesh)
+    start = checkpoints.latest() or 0
+    if start:
+        state = checkpoints.restore(start, abstract)
+        log.info("resumed from step %d of %s", start, workdir)
+    else:
+        state = init_state(config, optimizer, mesh, initial)
 
     writer = MetricWriter(workdir, resume_step=start, wandb_project=config.train.wandb_project, run_config=dataclasses.asdict(config))
     train_step = make_train_step(config, optimizer, jax.tree.map(lambda a: a.sharding, abstract))
@@ -181,7 +183,8 @@ def _claim(workdir: Path, config: Config) -> None:
     if jax.process_index() == 0:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            path.write_text(to_json(config))
+            with atomic_path(path) as temporary:
+                temporary.write_text(to_json(config))
         except OSError as e:
             raise UserError(f"{workdir}: cannot write: {e.strerror}; choose another --workdir") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import tensorboardX
 
 from xprompt_jax.config import Config, ModelConfig
 from xprompt_jax.errors import UserError
+from xprompt_jax.files import atomic_path
 from xprompt_jax.prompt import SlotShape
 
 log = logging.getLogger(__name__)
@@ -66,8 +68,9 @@ class MetricWriter:
         if not self._on:
             return
         path = workdir / "metrics.jsonl"
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= resume_step] if path.exists() else []
-        path.write_text("".join(line + "\n" for line in kept))
+        kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step] if path.exists() else []
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._jsonl = path.open("a")
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
         if wandb_project:
@@ -103,5 +106,9 @@ class MetricWriter:
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    """The lines of a run's metrics.jsonl; a line that a killed process left half-written is passed over."""
+    found = []
+    for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found

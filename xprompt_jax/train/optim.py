@@ -51,7 +51,8 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
         {"xp": adamw(config.xp_lr_multiplier), "rest": adamw(1.0)},
         lambda params: {name: "xp" if name == "xp" else "rest" for name in params},
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), by_group)
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(clip, by_group)
 
 
 def split_trainable(params: Params, config: Config) -> tuple[Params, Params]:

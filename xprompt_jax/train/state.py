@@ -62,18 +62,15 @@ def _known(name: Any) -> bool:
     return True
 
 
-def init_state(
-    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, initial: Params | None = None
-) -> tuple[TrainState, TrainState]:
-    """A new state on the mesh, and its abstract form (shapes, types, shardings) for restoring.
+def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, types and shardings of a state, without its memory; what a checkpoint is restored into."""
+    shapes = jax.eval_shape(lambda key: make_state(config, optimizer, key), jax.random.key(0))
+    return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, state_shardings(shapes, mesh))
 
-    Every array is made where it lives: no device ever holds the whole model.
-    """
+
+def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, initial: Params | None = None) -> TrainState:
+    """A new state on the mesh. Every array is made where it lives: no device ever holds the whole model."""
     make: Callable[..., TrainState] = lambda key, initial: make_state(config, optimizer, key, initial)
-    key = jax.random.key(config.train.seed)
-    shapes = jax.eval_shape(make, key, initial)
-    shardings = state_shardings(shapes, mesh)
+    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, optimizer, mesh))
     with jax.set_mesh(mesh):
-        state = jax.jit(make, out_shardings=shardings)(key, initial)
-    abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, shardings)
-    return state, abstract
+        return jax.jit(make, out_shardings=shardings)(jax.random.key(config.train.seed), initial)

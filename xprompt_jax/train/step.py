@@ -65,6 +65,10 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation, sha
     if shardings is not None:
         mesh = jax.tree.leaves(shardings)[0].mesh
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    for bucket in config.data.buckets:
+        if bucket.rows // parts % shards:
+            rows = f"{bucket.rows // parts} rows a microbatch"
+            raise UserError(f"bucket {bucket.name!r}: {rows}, not a multiple of the {shards} devices of data x fsdp; change rows or --mesh")
 
     def loss(trainable: Params, frozen: Params, batches: Batches, key, total_weight: jax.Array):
         params = merge(trainable, frozen)

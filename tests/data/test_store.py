@@ -137,6 +137,19 @@ def test_episodes_say_what_they_should(store):
     assert 2 <= generic <= 14
 
 
+def test_a_pair_is_never_its_own_example(store):
+    config = dataclasses.replace(CONFIG, same_scene_partner=True, generic_instruction=0.0)
+    episodes = Episodes(store, PROMPTER, config, BUCKETS[0], 3, "train")
+    for i, (number, reverse) in enumerate(episodes.specs):
+        for seed in range(10):
+            sample = episodes.sample(i, np.random.default_rng(seed))
+            output = store.pairs[number].input if reverse else store.pairs[number].output
+            shown = PROMPTER.layout.decode(sample.examples[0][-18:], 4, 4)
+            before = PROMPTER.layout.decode(sample.examples[0][-37:-19], 4, 4)
+            source = store.pairs[number].output if reverse else store.pairs[number].input
+            assert not (np.array_equal(shown, store.codes[output]) and np.array_equal(before, store.codes[source]))
+
+
 def test_descriptions_stand_after_the_pair(store):
     episodes = Episodes(store, PROMPTER, CONFIG, BUCKETS[1], 3, "eval")
     for i, (number, reverse) in enumerate(episodes.specs):

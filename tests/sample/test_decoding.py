@@ -7,13 +7,14 @@ import pytest
 
 from tests.helpers import FP32, TINY, tiny_tokenizer
 from xprompt_jax.errors import UserError
-from xprompt_jax.model.chameleon import Chameleon
+from xprompt_jax.model.chameleon import Chameleon, extend, project_logits, unstacked
 from xprompt_jax.model.params import flatten, unflatten
 from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.prompt import Sample, SlotShape, fill
 from xprompt_jax.sample.compiled import CompiledPrompt
 from xprompt_jax.sample.guidance import Guidance
 from xprompt_jax.sample.logits import Sampling, choose, gumbel, narrow
+from xprompt_jax.sample.prefill import prefill
 from xprompt_jax.sample.sampler import Example, XPrompt
 
 
@@ -62,6 +63,24 @@ def test_compiled_and_cached_is_the_masked_prompt(model, count):
     want = model.decode_images(by_the_oracle(model, examples, image, seed=3)[None])
     for decoding in ("sequential", "jacobi"):
         assert same(model.generate(examples, [image], seed=3, decoding=decoding, window=5), want)
+
+
+def test_compiled_logits_are_the_masked_logits(model):
+    """Numbers, not tokens: a wrong rotation of the XP keys need not change any token of a small model."""
+    v, p = model.tokenizer.vocab, model.prompter
+    examples = [example(20), example(21, "a much longer instruction: add rain and paint the depth in grey")]
+    codes = model.encode_images([i for e in examples for i in (e.input, e.output)])
+    ies = tuple(p.example(e.instruction, codes[2 * i], codes[2 * i + 1]) for i, e in enumerate(examples))
+    task = p.task("remove the rain", codes[0])
+    shape = SlotShape(2, max(map(len, ies)), model.config.num_xp_tokens, len(task) + 1)
+    row = fill(Sample(ies, task, np.array([v.boi])), shape, bos=v.bos, pad=v.pad)
+    segments = (row.roles != 4).astype(int)
+    want = model.logits(row.ids[None], row.roles[None], row.groups[None], row.positions[None], segments[None])[:, -1]
+
+    apart = unstacked(model.decoder)
+    cache = prefill(apart, model.config, [model.compile(examples)], [task], v.bos, room=1, dtype=jnp.float32)
+    h, _ = extend(apart.blocks, model.decoder.embed[...][np.array([[v.boi]])], cache, jnp.ones(1, jnp.int32), model.config.rope_theta)
+    np.testing.assert_allclose(project_logits(apart.final(h), model.decoder.head[...])[:, 0], want, atol=2e-4, rtol=1e-4)
 
 
 def test_windows_draw_the_same_images(model):

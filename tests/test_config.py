@@ -33,3 +33,21 @@ def test_defaults_round_trip_and_heads_are_checked():
         ModelConfig(num_kv_heads=5)
     with pytest.raises(UserError, match="must be even"):
         ModelConfig(head_dim=7)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: configuration.TrainConfig(steps=0), "train.steps is 0; it must be at least 1"),
+    (lambda: configuration.TrainConfig(dropout=1.5), "train.dropout is 1.5; it must be at most 0.99"),
+    (lambda: configuration.OptimConfig(ema_decay=2), "optim.ema_decay is 2"),
+    (lambda: configuration.DataConfig(drop_example=-0.1), "data.drop_example is -0.1; it must be at least 0"),
+    (lambda: configuration.DataConfig(buckets=()), "give at least one"),
+    (lambda: configuration.BucketConfig("a", examples=1, context=8, todo=8, answer=9, rows=1), "longer than todo"),
+    (lambda: configuration.BucketConfig("a", examples=1, context=0, todo=8, answer=2, rows=1), "both are zero, or neither"),
+    (lambda: configuration.VQConfig(image_size=500), "must be a multiple of 16"),
+    (lambda: ModelConfig(num_layers=0), "model.num_layers is 0"),
+    (lambda: from_json(configuration.TrainConfig, '{"keep": 0}'), "train.keep is 0"),
+    (lambda: configuration.TrainConfig(z_loss=float("nan")), "train.z_loss is nan"),
+])  # fmt: skip
+def test_values_out_of_range_are_refused_by_name(make, message):
+    with pytest.raises(UserError, match=message):
+        make()

@@ -17,8 +17,11 @@ import jax
 from orbax.checkpoint.experimental import v1 as ocp
 
 from xprompt_jax.errors import UserError
+from xprompt_jax.mesh import all_agree
 
 State = TypeVar("State")
+
+log = logging.getLogger(__name__)
 
 # Orbax and its friends report every step of every save on the root logger.
 for _name in ("absl", "orbax"):
@@ -58,6 +61,41 @@ class Checkpoints:
     def restore(self, step: int, like: State) -> State:
         """Loads a step into the shapes, types and shardings of `like` (a pytree of ShapeDtypeStruct)."""
         return self._checkpointer.load(step, jax.tree.map(_placed, like))
+
+    def restore_newest(self, like: State) -> tuple[int, State] | None:
+        """(step, state) of the newest checkpoint that can be read on every process; None where there is none at all.
+
+        A damaged one (a disk that lied, a copy that was cut short) is moved aside to <step>.damaged, with a warning.
+
+        Raises:
+          UserError: there are checkpoints, and none of them can be read.
+        """
+        steps = sorted((int(c.step) for c in self._checkpointer.checkpoints), reverse=True)
+        damaged: list[int] = []
+        first_error = ""
+        for step in steps:
+            state = None
+            try:
+                state = self.restore(step, like)
+            except Exception as e:  # Orbax and TensorStore raise whatever the damage looks like to them
+                first_error = first_error or f"{type(e).__name__}: {e}".splitlines()[0][:200]
+            if all_agree(state is not None):
+                self._move_aside(damaged)
+                return step, state
+            damaged.append(step)
+        if steps:
+            raise UserError(f"{self.folder}: none of the checkpoints {steps} can be read ({first_error}); "
+                            "restore them from a copy, or start again in another --workdir")  # fmt: skip
+        return None
+
+    def _move_aside(self, steps: list[int]) -> None:
+        for step in steps:
+            log.warning("%s: checkpoint %d is damaged: moved aside to %d.damaged; going on from an older one", self.folder, step, step)
+            if jax.process_index() == 0:
+                (self.folder / str(step)).rename(self.folder / f"{step}.damaged")
+        all_agree(True)  # nobody looks before it is done
+        if steps:
+            self._checkpointer.reload()
 
     def wait(self) -> None:
         """Returns when nothing is being written any more."""

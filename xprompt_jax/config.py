@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -18,6 +19,18 @@ import pydantic
 from xprompt_jax.errors import UserError
 
 T = TypeVar("T")
+
+
+def _check(config: object, section: str, **rules: tuple[float, float]) -> None:
+    """Refuses values outside [least, most], by name."""
+    for name, (least, most) in rules.items():
+        value = getattr(config, name)
+        if not least <= value <= most:
+            bound = f"at least {least:g}" if value < least else f"at most {most:g}"
+            raise UserError(f"{section}.{name} is {value}; it must be {bound}")
+
+
+_ANY = math.inf
 
 # Unknown keys and wrong types are errors, never ignored (strict mode still lets an int stand for a float).
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
@@ -35,6 +48,14 @@ class VQConfig:
     embed_dim: int = 256
     num_codes: int = 8192
     image_size: int = 512
+
+    def __post_init__(self):
+        sizes = ("channels", "num_res_blocks", "latent_channels", "embed_dim", "num_codes", "image_size")
+        _check(self, "vq", **dict.fromkeys(sizes, (1, _ANY)))
+        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
+            raise UserError(f"vq.channel_multipliers is {self.channel_multipliers}; give one or more positive numbers")
+        if self.image_size % self.downsample:
+            raise UserError(f"vq.image_size {self.image_size} must be a multiple of {self.downsample}, the pixels of one code")
 
     @property
     def downsample(self) -> int:
@@ -67,6 +88,8 @@ class ModelConfig:
     vq: VQConfig = field(default_factory=VQConfig)
 
     def __post_init__(self):
+        sizes = ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "num_xp_tokens")
+        _check(self, "model", **dict.fromkeys(sizes, (1, _ANY)), norm_eps=(0, 1), rope_theta=(1, _ANY))
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"model.num_heads {self.num_heads} must be a multiple of model.num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
@@ -118,6 +141,14 @@ class BucketConfig:
     kind: Literal["image", "describe", "text_to_image"] = "image"
     """What is asked for: an output image, the difference of the example pair in words, or an image of a caption."""
 
+    def __post_init__(self):
+        section = f"bucket {self.name!r}"
+        _check(self, section, examples=(0, _ANY), context=(0, _ANY), todo=(2, _ANY), answer=(1, _ANY), rows=(1, _ANY))
+        if self.answer > self.todo:
+            raise UserError(f"{section}: answer {self.answer} is longer than todo {self.todo}, which holds it")
+        if bool(self.examples) != bool(self.context):
+            raise UserError(f"{section}: examples {self.examples} and context {self.context}: both are zero, or neither")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -145,6 +176,12 @@ class DataConfig:
     """Fraction of in-context rows that lose their example, for guidance without it."""
     seed: int = 0
 
+    def __post_init__(self):
+        _check(self, "data", generic_instruction=(0, 1), drop_example=(0, 1), seed=(0, _ANY))
+        names = [b.name for b in self.buckets]
+        if not names or len(set(names)) < len(names):
+            raise UserError(f"data.buckets {names}: give at least one, each with a name of its own")
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -168,6 +205,11 @@ class OptimConfig:
     """all: everything. xp: the XP embeddings alone. image_head: head rows of the image tokens alone."""
     ema_decay: float = 0.0
     """Exponential moving average of the weights, kept beside them; 0 turns it off."""
+
+    def __post_init__(self):
+        fractions = ("final_fraction", "beta1", "beta2", "ema_decay")
+        positive = ("learning_rate", "warmup_steps", "eps", "weight_decay", "clip_norm", "xp_lr_multiplier")
+        _check(self, "optim", **dict.fromkeys(fractions, (0, 1)), **dict.fromkeys(positive, (0, _ANY)))
 
 
 @dataclass(frozen=True)
@@ -196,6 +238,11 @@ class TrainConfig:
     spike_factor: float = 0.0
     """Stop when the loss exceeds this multiple of its running mean; 0 turns it off. A loss that is not finite always stops."""
     wandb_project: str | None = None
+
+    def __post_init__(self):
+        counts = ("steps", "accumulate", "loss_chunk", "log_every", "eval_batches", "save_every", "keep")
+        _check(self, "train", **dict.fromkeys(counts, (1, _ANY)), dropout=(0, 0.99), z_loss=(0, _ANY), seed=(0, _ANY),
+               eval_every=(0, _ANY), spike_factor=(0, _ANY))  # fmt: skip
 
 
 @dataclass(frozen=True)

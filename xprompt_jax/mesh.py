@@ -14,7 +14,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xprompt_jax.config import MeshConfig
@@ -96,6 +98,39 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """This host's rows of a batch (a pytree of arrays [rows, ...]) -> global arrays, rows over data and fsdp."""
     sharding = NamedSharding(mesh, spec("batch"))
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), batch)
+
+
+def all_agree(yes: bool) -> bool:
+    """Whether every process says yes; waits for all of them."""
+    if jax.process_count() == 1:
+        return yes
+    return bool(multihost_utils.process_allgather(np.asarray(yes)).all())
+
+
+class AnyProcess:
+    """A flag that is up as soon as one process raises it, seen at the same step by all of them.
+
+    `post` starts a tiny reduction behind the work that is already queued; `up` reads the one before. So no process waits
+    for the others, and all of them stop after the same step.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._each_device = NamedSharding(mesh, PartitionSpec(AXES))
+        self._any = jax.jit(jnp.any)
+        self._before: Any = False
+        self._posted: Any = False
+
+    def post(self, flag: bool) -> None:
+        """Tells the others; called once a step by every process."""
+        if jax.process_count() == 1:
+            self._before = flag
+            return
+        mine = np.full(jax.local_device_count(), flag)
+        self._before, self._posted = self._posted, self._any(jax.make_array_from_process_local_data(self._each_device, mine))
+
+    def up(self) -> bool:
+        """Whether any process raised the flag, one `post` ago (where there is one process: at the last)."""
+        return bool(self._before)
 
 
 def start_distributed(mode: str = "auto") -> None:

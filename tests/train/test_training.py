@@ -97,6 +97,21 @@ def test_rows_without_weight_give_no_gradient_and_no_nan():
     assert (grads == 0).all()
 
 
+def test_states_that_are_not_finite_do_no_harm_where_nothing_is_asked():
+    weights = jnp.array([[1.0, 0.0, 1.0, 0.0]])
+    clean = jax.random.normal(jax.random.key(0), (1, 4, 8))
+    poisoned = clean.at[:, 1::2].set(jnp.nan)
+    head = jax.random.normal(jax.random.key(1), (8, 5))
+
+    def loss(states, head):
+        return cross_entropy(states, head, jnp.zeros((1, 4), int), weights, chunk=2).loss
+
+    want, wanted = jax.value_and_grad(loss, (0, 1))(clean, head)
+    got, grads = jax.value_and_grad(loss, (0, 1))(poisoned, head)
+    assert got == want
+    assert_close(grads, wanted, atol=0)
+
+
 def test_answers_are_predicted_from_the_slot_before():
     shape = shapes_of(CONFIG)["in_context"]
     rows = random_rows(0, shape, 2)
@@ -168,6 +183,31 @@ def test_loop_resumes_exactly_and_onto_another_mesh(tmp_path):
     moved = train(longer, tmp_path / "parts", data, progress=False)
     assert moved.step == 5
     assert len(moved.params["embed"].sharding.device_set) == 8
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_checkpoint_is_moved_aside(tmp_path, keep, caplog):
+    config = replace(train={"keep": keep})
+    whole = train(config, tmp_path, data, progress=False)
+    newest = tmp_path / "checkpoints" / "4"
+    for file in newest.rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            os.truncate(file, file.stat().st_size // 2)
+    if keep == 1:
+        with pytest.raises(UserError, match=r"none of the checkpoints \[4\] can be read"):
+            train(config, tmp_path, data, progress=False)
+        return
+    resumed = train(config, tmp_path, data, progress=False)
+    assert "checkpoint 4 is damaged" in caplog.text
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "4.damaged"]
+
+
+def test_nothing_but_the_batch_crosses_to_the_device(tmp_path, monkeypatch):
+    monkeypatch.setattr("xprompt_jax.train.loop.shard_batch", lambda batch, mesh: batch)  # a batch left on the host
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        train(CONFIG, tmp_path, data, progress=False)
 
 
 def test_another_model_is_not_resumed(tmp_path):

@@ -26,7 +26,7 @@ from xprompt_jax.checkpoint import Checkpoints
 from xprompt_jax.config import Config, load_json, to_json
 from xprompt_jax.errors import UserError
 from xprompt_jax.files import atomic_path
-from xprompt_jax.mesh import make_mesh, report, shard_batch
+from xprompt_jax.mesh import AnyProcess, make_mesh, report, shard_batch
 from xprompt_jax.model.chameleon import abstract_model
 from xprompt_jax.model.params import flatten, logical_axes
 from xprompt_jax.train.metrics import MetricWriter, peak_flops, step_flops
@@ -70,18 +70,17 @@ def train(
 
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep)
     abstract = abstract_state(config, optimizer, mesh)
-    start = checkpoints.latest() or 0
-    if start:
-        state = checkpoints.restore(start, abstract)
-        log.info("resumed from step %d of %s", start, workdir)
-    else:
+    start, state = checkpoints.restore_newest(abstract) or (0, None)
+    if state is None:
         state = init_state(config, optimizer, mesh, initial)
+    else:
+        log.info("resumed from step %d of %s", start, workdir)
 
     writer = MetricWriter(workdir, resume_step=start, wandb_project=config.train.wandb_project, run_config=dataclasses.asdict(config))
     train_step = make_train_step(config, optimizer, jax.tree.map(lambda a: a.sharding, abstract))
     eval_step = make_eval_step(config)
     watch = _Watch(config, writer)
-    saved = start
+    stop = AnyProcess(mesh)
     with (
         jax.set_mesh(mesh), _stop_signals() as told_to_stop, contextlib.closing(checkpoints), contextlib.closing(writer),
         ThreadPoolExecutor(1) as ahead, tqdm(total=config.train.steps, initial=start, unit="step", disable=not progress) as bar,
@@ -95,7 +94,9 @@ def train(
             if step + 1 < config.train.steps:
                 upcoming = ahead.submit(fetch, step + 1)
 
-            state, metrics = train_step(state, batches)
+            with jax.transfer_guard("disallow"):  # nothing but the batch crosses to the device, and that is there
+                state, metrics = train_step(state, batches)
+            stop.post(told_to_stop())
 
             watch.finish_previous(bar)
             watch.started(step + 1, metrics, waited)
@@ -105,13 +106,12 @@ def train(
                 _evaluate(config, done, state, eval_step, eval_data, mesh, writer)
                 if on_eval:
                     on_eval(done, state)
-            if done % config.train.save_every == 0 or done == config.train.steps or told_to_stop():
+            if done % config.train.save_every == 0 or done == config.train.steps or stop.up():
                 watch.finish_previous(bar)  # a loss that is not finite must not be saved
                 checkpoints.save(done, state)
-                saved = done
             bar.update()
-            if told_to_stop():
-                log.warning("stopped at step %d of %d; the same command goes on from there (%s)", saved, config.train.steps, workdir)
+            if stop.up():
+                log.warning("stopped at step %d of %d; the same command goes on from there (%s)", done, config.train.steps, workdir)
                 break
         watch.finish_previous(bar)
     return state
@@ -148,6 +148,9 @@ class _Watch:
             "answer_tokens_per_second": self.tokens / (now - self.time),
             "data_wait": self.waited / (now - self.time),
         }
+        memory = jax.local_devices()[0].memory_stats() or {}  # a CPU has none
+        if "peak_bytes_in_use" in memory:
+            values["peak_device_gib"] = memory["peak_bytes_in_use"] / 2**30
         if self.peak:
             values["mfu"] = self.flops / seconds / (self.peak * jax.device_count())
         self.writer.scalars(step, values)

@@ -57,6 +57,8 @@ def cross_entropy(states: jax.Array, head: jax.Array, labels: jax.Array, weights
     @jax.checkpoint
     def body(total: Sums, part):
         states, labels, weights = part
+        # 0 x nan is nan: a padding slot that overflowed must not reach the sums, nor its gradient the model.
+        states = jnp.where(weights[..., None] > 0, states, 0)
         logits = constrain(project_logits(states, head), "batch", "slots", "vocab")
         log_z = jax.nn.logsumexp(logits, axis=-1)
         # A sum over the vocabulary, not a gather: it stays local when the vocabulary is split over devices.

@@ -1,0 +1,56 @@
+"""Two real processes of four devices each, on loopback, are one process of eight; and they stop together."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from tests.train.test_training import CONFIG, data, replace
+from xprompt_jax.train.loop import train
+from xprompt_jax.train.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_two(workdir, stop=()):
+    """Runs both processes; `stop` is (process, step): that process alone gets SIGTERM before that step."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    processes = []
+    for i in range(2):
+        extra = [str(stop[1])] if stop and stop[0] == i else []
+        command = [sys.executable, "-m", "tests.train.worker", str(workdir), address, "2", str(i), *extra]
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    try:
+        outputs = [p.communicate(timeout=240)[0] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    assert [p.returncode for p in processes] == [0, 0], "\n".join(outputs)
+    return [int((workdir / f"finished.{i}").read_text()) for i in range(2)]
+
+
+def test_two_processes_are_one_and_stop_together(tmp_path):
+    config = replace(CONFIG, train={"steps": 8, "eval_every": 4})
+    alone = train(config, tmp_path / "alone", data, eval_data=data, progress=False)
+
+    first, second = run_two(tmp_path / "two", stop=(1, 3))
+    assert first == second
+    assert 3 <= first < 8  # one of them was told; both stopped, and saved the same step
+    assert run_two(tmp_path / "two") == [8, 8]
+
+    losses = lambda folder: [m["loss"] for m in read_metrics(tmp_path / folder) if "loss" in m]
+    np.testing.assert_allclose(losses("two"), losses("alone"), rtol=1e-4)
+    held_out = lambda folder: [m["eval/loss"] for m in read_metrics(tmp_path / folder) if "eval/loss" in m]
+    np.testing.assert_allclose(held_out("two"), held_out("alone"), rtol=1e-4)
+
+    # What two processes saved, one process reads.
+    moved = train(config, tmp_path / "two", data, progress=False)
+    for a, b in zip(jax.tree.leaves(moved.params), jax.tree.leaves(alone.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=4e-3)

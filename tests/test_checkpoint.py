@@ -2,11 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from xprompt_jax.checkpoint import Checkpoints, load_params, save_params
+from tests.disk import needs_a_small_disk, on_a_small_disk
+from xprompt_jax.checkpoint import Checkpoints, load_arrays, save_arrays
 from xprompt_jax.config import MeshConfig
 from xprompt_jax.errors import UserError
 from xprompt_jax.mesh import make_mesh, spec
@@ -88,28 +90,58 @@ def test_folder_that_cannot_be_made_is_told(tmp_path):
         Checkpoints(tmp_path / "file" / "checkpoints")
 
 
-def test_params_travel_with_type_and_sharding(tmp_path):
-    params = {"head": jnp.arange(32.0).reshape(4, 8) / 3, "blocks.attention.q_norm.scale": jnp.ones((2, 4, 8), jnp.bfloat16)}
-    save_params(tmp_path / "params", params)
-    place = NamedSharding(make_mesh(MeshConfig(1, 4, 2)), spec("embed", "vocab"))
-    like = {
-        "head": jax.ShapeDtypeStruct((4, 8), jnp.bfloat16, sharding=place),
-        "blocks.attention.q_norm.scale": jax.ShapeDtypeStruct((2, 4, 8), jnp.bfloat16),
+def test_arrays_travel_with_their_types(tmp_path):
+    arrays = {
+        "head": np.arange(32.0, dtype=np.float32).reshape(4, 8) / 3,
+        "attention.q_norm.scale": np.ones((2, 4, 8), ml_dtypes.bfloat16) / 3,
+        "norm": np.ones(8, np.float16) / 3,
     }
-    loaded = load_params(tmp_path / "params", like)
-    assert set(loaded) == set(params)
-    assert loaded["head"].sharding == place
-    np.testing.assert_array_equal(loaded["head"], params["head"].astype(jnp.bfloat16))
-    np.testing.assert_array_equal(loaded["blocks.attention.q_norm.scale"], params["blocks.attention.q_norm.scale"])
-    only = load_params(tmp_path / "params", {"head": like["head"]})
-    assert set(only) == {"head"}
+    save_arrays(tmp_path / "a", arrays)
+    loaded = load_arrays(tmp_path / "a", {name: value.shape for name, value in arrays.items()})
+    assert set(loaded) == set(arrays)
+    for name, value in arrays.items():
+        assert loaded[name].dtype == value.dtype and loaded[name].tobytes() == value.tobytes()
+    assert set(load_arrays(tmp_path / "a", {"norm": (8,)})) == {"norm"}
 
 
-def test_params_that_do_not_belong_are_refused(tmp_path):
-    save_params(tmp_path / "params", {"head": jnp.ones((4, 8))})
+def test_arrays_that_do_not_belong_are_refused(tmp_path):
+    save_arrays(tmp_path / "a", {"head": np.ones((4, 8), np.float32)})
     with pytest.raises(UserError, match="no parameter xp"):
-        load_params(tmp_path / "params", {"xp": jax.ShapeDtypeStruct((3, 4), jnp.float32)})
+        load_arrays(tmp_path / "a", {"xp": (3, 4)})
     with pytest.raises(UserError, match="head has shape"):
-        load_params(tmp_path / "params", {"head": jax.ShapeDtypeStruct((4, 9), jnp.float32)})
+        load_arrays(tmp_path / "a", {"head": (4, 9)})
     with pytest.raises(UserError, match="not a complete checkpoint"):
-        load_params(tmp_path / "nothing", {})
+        load_arrays(tmp_path / "nothing", {})
+    for file in (f for f in (tmp_path / "a").rglob("*") if f.is_file() and f.stat().st_size > 64 and "metadata" not in f.name.lower()):
+        file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(UserError, match="damaged|not a complete"):
+        load_arrays(tmp_path / "a", {"head": (4, 8)})
+
+
+def test_a_full_disk_is_told_and_the_older_checkpoint_stays():
+    needs_a_small_disk()
+    result = on_a_small_disk(
+        "6m",
+        """
+        import os, jax.numpy as jnp
+        from xprompt_jax.checkpoint import Checkpoints
+        from xprompt_jax.errors import UserError
+        checkpoints = Checkpoints("/mnt/run")
+        like = {"w": jnp.arange(1 << 18, dtype=jnp.float32) / 3}
+        checkpoints.save(1, like)
+        checkpoints.wait()
+        with open("/mnt/other", "wb") as f:
+            f.write(bytes(os.statvfs("/mnt").f_bavail * os.statvfs("/mnt").f_bsize - 300_000))
+        try:
+            checkpoints.save(2, like)
+            checkpoints.wait()
+        except UserError as e:
+            print(e)
+        os.remove("/mnt/other")
+        again = Checkpoints("/mnt/run")
+        print(again.latest(), bool((again.restore(1, like)["w"] == like["w"]).all()))
+    """,
+    )
+    told, kept = result.stdout.splitlines()
+    assert told == "/mnt/run: cannot write the checkpoint: No space left on device; free space or choose another place", result.stderr
+    assert kept == "1 True"

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import jax
 import numpy as np
@@ -12,10 +13,17 @@ import PIL.Image
 import pytest
 
 from tests.helpers import FP32, TINY, tiny_tokenizer
-from xprompt_jax import UserError, XPrompt
-from xprompt_jax.cli import COMMANDS, load_config, main
+from xprompt_jax import CompiledPrompt, UserError, XPrompt
+from xprompt_jax.cli import COMMANDS, main
+from xprompt_jax.commands.data import Annotate
+from xprompt_jax.commands.evaluate import Evaluate
+from xprompt_jax.commands.train import load_config
 from xprompt_jax.config import Config, from_json, to_json
 from xprompt_jax.data.images import save_png
+from xprompt_jax.data.questions import QUESTIONS
+from xprompt_jax.data.retrieval import RetrievalIndex
+from xprompt_jax.data.sources import manifest as manifest_records
+from xprompt_jax.evaluate.suites import SUITES
 from xprompt_jax.model.chameleon import Chameleon
 from xprompt_jax.model.vqgan import VQGAN
 
@@ -66,15 +74,30 @@ def test_help_is_quick_and_teaches():
 @pytest.mark.parametrize("arguments, message", [
     (["fly"], "unknown: fly; commands are demo"),
     (["sample", "--mdel", "x"], "--mdel"),
-    (["sample"], "missing --model PATH, --out PATH"),
+    (["sample"], "missing --model STR, --out PATH"),
     (["sample", "--model", "m", "--out", "o", "--seed", "z"], "--seed"),
     (["sample", "--model", "m", "--out", "o"], "--inputs with --task, or --texts"),
     (["sample", "--model", "m", "--out", "o", "--inputs", "a.png"], "needs --task"),
-    (["sample", "--model", "/none", "--out", "o", "--texts", "a"], "--model /none: no such folder"),
+    (["sample", "--model", "/none", "--out", "o", "--texts", "a"], "/none: no such model folder"),
     (["compile", "--model", "/none", "--inputs", "a", "b", "--outputs", "c", "--out", "o"], "2 images and --outputs 1"),
     (["tokenize", "--model", "m", "--out", "o"], "give one source"),
     (["tokenize", "--model", "m", "--out", "o", "--inputs", "a"], "belong together"),
-    (["convert", "--source", "/none", "--out", "o"], "--source /none: no such folder"),
+    (["compile", "--model", "/none", "--inputs", "a", "--outputs", "b", "--index", "i", "--out", "o"], "or --index FILE"),
+    (["compile", "--model", "/none", "--index", "i", "--out", "o"], "--index needs --instruction"),
+    (["compile", "--model", "/none", "--index", "i", "--instruction", "a", "--out", "o"], "i: no such file; make it with `xprompt index`"),
+    (["tokenize", "--model", "/none", "--out", "o", "--world", "1"], "--model /none: no such folder"),
+    (["annotate", "--manifest", "m.jsonl", "--out", "o"], "give --kind to ask, or --merge-into"),
+    (["annotate", "--manifest", "m.jsonl", "--out", "o", "--merge-into", "n", "--dry-run"], "--kind is missing"),
+    (["annotate", "--manifest", "m", "--out", "o", "--merge-into", "n", "--dry-run", "--kind", "reverse"], "--merge-into needs answers"),
+    (["annotate", "--manifest", "m.jsonl", "--out", "o", "--kind", "reverse", "--dry-run"], "m.jsonl: cannot read"),
+    (["annotate", "--manifest", "m.jsonl", "--out", "o", "--kind", "verse"], "--kind"),
+    (["index", "--data", "m.jsonl", "--out", "o"], "m.jsonl: cannot read"),
+    (["index", "--data", "m.jsonl", "--out", "o", "--neighbours", "0"], "--neighbours must be at least 1"),
+    (["eval", "fly", "--model", "m", "--data", "d", "--out", "o"], "fly"),
+    (["eval", "pairs", "--model", "m", "--data", "/none", "--out", "o"], "--data /none: no such file or folder; suite pairs takes"),
+    (["eval", "pairs", "--model", "m", "--data", "d", "--out", "o", "--examples", "0"], "--examples must be at least 1"),
+    (["eval", "derain", "--model", "m", "--data", "d", "--out", "o", "--palette", "turbo"], "suite derain has no colours to choose"),
+    (["convert", "--source", "/none", "--out", "o"], "/none: no such model folder"),
     (["train"], "missing --workdir PATH"),
     (["train", "--workdir", "/none/run"], "start one with --config"),
     (["train", "--config", "none.py", "--workdir", "w"], "none.py: cannot read"),
@@ -132,12 +155,67 @@ def test_every_config_loads_and_round_trips(path):
     assert from_json(Config, to_json(config)) == config
 
 
+def write_manifest(pictures, path, rows):
+    """Pairs of `pictures`, with the fields given."""
+    lines = [{"input": f"{pictures}/in/{i}.png", "output": f"{pictures}/out/{i}.png", **row} for i, row in enumerate(rows)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_annotate_asks_through_batch_files_and_merges(capsys, pictures, tmp_path):
+    manifest = write_manifest(pictures, tmp_path / "m.jsonl", [{"instruction": f"paint it {c}"} for c in ("red", "blue")])
+    asked = ["annotate", "--manifest", str(manifest), "--out", str(tmp_path / "a.jsonl")]
+    main([*asked, "--kind", "reverse", "--dry-run"])
+    assert "2 to ask, 0 answered before; nothing was sent" in capsys.readouterr().out
+    assert "--endpoint must be an address" in fails(capsys, *asked, "--kind", "reverse", "--model", "m")
+    main([*asked, "--kind", "reverse", "--model", "m", "--batch-out", str(tmp_path / "b.jsonl")])
+    (batch,) = (line.split(":")[0] for line in capsys.readouterr().out.splitlines())
+    replies = []
+    for line in Path(batch).read_text().splitlines():
+        answer = json.dumps({"reverse_instruction": "bring the old colours back"})
+        body = {"model": "m", "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer}}]}
+        replies.append({"custom_id": json.loads(line)["custom_id"], "response": {"status_code": 200, "body": body}, "error": None})
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in replies))
+    main([*asked, "--kind", "reverse", "--batch-in", str(tmp_path / "r.jsonl"), "--merge-into", str(tmp_path / "n.jsonl")])
+    out = capsys.readouterr().out
+    assert "2 answers" in out and "n.jsonl: 2 rows, 2 with new words, 0 dropped" in out
+    assert [r.reverse_instruction for r in manifest_records(tmp_path / "n.jsonl")] == ["bring the old colours back"] * 2
+    main([*asked, "--merge-into", str(tmp_path / "again.jsonl")])
+    assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "n.jsonl").read_text()
+
+
+def test_kinds_and_suites_of_the_command_line_are_those_of_the_library():
+    kinds, _ = get_args(get_type_hints(Annotate)["kind"])
+    assert get_args(kinds) == tuple(QUESTIONS)
+    assert get_args(get_type_hints(Evaluate)["suite"]) == tuple(SUITES)
+
+
+def test_index_finds_the_example_that_compile_takes(capsys, model, pictures, tmp_path):
+    texts = ["remove the rain", "make it night", "remove all rain", "make it a night"]
+    manifest = write_manifest(pictures, tmp_path / "m.jsonl", [{"instruction": t, "split": "train"} for t in texts])
+    main(["index", "--data", str(manifest), "--out", str(tmp_path / "i"), "--neighbours", "2"])
+    assert "i: 4 pairs, 4 instructions of training pairs, 2 neighbours each" in capsys.readouterr().out
+    index = RetrievalIndex.load(tmp_path / "i")
+    assert index.neighbours[:, 0].tolist() == [2, 3, 0, 1]
+    flags = ["compile", "--model", model, "--out", tmp_path / "t.xprompt", "--index", tmp_path / "i"]
+    main([str(a) for a in [*flags, "--instruction", "let it be night", "--examples", "2"]])
+    out = capsys.readouterr().out.splitlines()
+    assert {line.split(": ")[1].split(",")[0] for line in out[:2]} == {"'make it night'", "'make it a night'"}
+    prompt = CompiledPrompt.load(tmp_path / "t.xprompt")
+    assert prompt.num_examples == 2 and prompt.instruction == "let it be night"
+    assert "5 examples: the index has 4" in fails(capsys, *flags, "--instruction", "night", "--examples", "5")
+    manifest.write_text(manifest.read_text() + "\n")
+    assert "m.jsonl: has changed since" in fails(capsys, *flags, "--instruction", "night")
+
+
 def test_tokenize_train_compile_sample_describe_convert(model, pictures, tmp_path):
     """The whole way in real processes, as docs/ tells it."""
     task = ["--task", "derain", "--instruction", "remove the rain", "--reverse-instruction", "add rain"]
     result = run("tokenize", "--model", model, "--out", tmp_path / "s", "--inputs", pictures / "in", "--outputs", pictures / "out", *task)
     assert result.returncode == 0, result.stderr
     assert "4 pairs, 8 images" in result.stdout
+    result = run("index", "--data", tmp_path / "s", "--out", tmp_path / "i", "--eval-fraction", 0)
+    assert result.returncode == 0 and "4 pairs, 1 instructions" in result.stdout, result.stderr
 
     buckets = '[{"name": "a", "examples": 1, "context": 96, "todo": 96, "answer": 19, "rows": 8}]'
     config = json.loads(to_json(Config(model=TINY, compute=FP32)))

@@ -57,10 +57,10 @@ def timed(script: str, folder: Path) -> tuple[float, float]:
 def pipeline(demo: Path) -> dict[str, float]:
     """Rows a second that the pipeline makes on one thread, against rows a second that the demo's training took."""
     from xprompt_jax.config import Config, load_json
+    from xprompt_jax.convert.native import load_tokenizers
     from xprompt_jax.data.pipeline import batches
     from xprompt_jax.data.tokenise import Store
     from xprompt_jax.prompt import Prompter
-    from xprompt_jax.sample.pretrained import load_tokenizers
     from xprompt_jax.tokens import Layout
     from xprompt_jax.train.metrics import read_metrics
 

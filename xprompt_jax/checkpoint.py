@@ -1,19 +1,23 @@
 """Checkpoints: the only importer of Orbax.
 
 A run's folder:  checkpoints/<step>/   the whole training state, written in the background, renamed when complete
-A model's folder: params/              a flat dictionary of arrays (sample/pretrained.py)
+A model's folder: params/, vqgan/      flat dictionaries of arrays (convert/native.py)
 
 Both are restored by the shapes and shardings of the target, so a checkpoint moves to any other mesh.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from orbax.checkpoint.experimental import v1 as ocp
 
 from xprompt_jax.errors import UserError
@@ -52,11 +56,9 @@ class Checkpoints:
         Raises:
           UserError: the disk is full or cannot be written.
         """
-        try:
+        with _writing(self.folder):
             self._checkpointer.wait()
             self._checkpointer.save_async(step, state, force=True, overwrite=True)
-        except OSError as e:
-            raise _cannot_write(self.folder, e) from None
 
     def restore(self, step: int, like: State) -> State:
         """Loads a step into the shapes, types and shardings of `like` (a pytree of ShapeDtypeStruct)."""
@@ -79,7 +81,7 @@ class Checkpoints:
                 state = self.restore(step, like)
             except Exception as e:  # Orbax and TensorStore raise whatever the damage looks like to them
                 first_error = first_error or f"{type(e).__name__}: {e}".splitlines()[0][:200]
-            if all_agree(state is not None):
+            if all_agree(state is not None) and state is not None:
                 self._move_aside(damaged)
                 return step, state
             damaged.append(step)
@@ -98,11 +100,13 @@ class Checkpoints:
             self._checkpointer.reload()
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more."""
-        try:
+        """Returns when nothing is being written any more.
+
+        Raises:
+          UserError: the disk is full or cannot be written.
+        """
+        with _writing(self.folder):
             self._checkpointer.wait()
-        except OSError as e:
-            raise _cannot_write(self.folder, e) from None
 
     def close(self) -> None:
         """Waits, then lets go of the folder."""
@@ -110,31 +114,37 @@ class Checkpoints:
         self._checkpointer.close()
 
 
-def save_params(folder: str | Path, params: Mapping[str, jax.Array]) -> None:
+def save_arrays(folder: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes a flat dictionary of arrays; `folder` must not exist yet."""
-    try:
-        ocp.save(str(Path(folder).absolute()), dict(params))
-    except OSError as e:
-        raise _cannot_write(folder, e) from None
+    with _writing(folder):
+        ocp.save(str(Path(folder).absolute()), dict(arrays))
 
 
-def load_params(folder: str | Path, like: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Reads what `save_params` wrote into the types and shardings of `like`.
+def load_arrays(folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Reads what `save_arrays` wrote, in the files' types.
+
+    Args:
+      shapes: of the arrays to read; others in the folder are passed over.
 
     Raises:
-      UserError: the folder is no checkpoint, or has other parameters than `like`.
+      UserError: the folder is no checkpoint, is damaged, or has other arrays than `shapes` says.
     """
     folder = Path(folder).absolute()
     if not ocp.is_orbax_checkpoint(str(folder)):
         raise UserError(f"{folder}: not a complete checkpoint; copy or convert the model again")
-    stored = ocp.metadata(str(folder)).metadata
-    for name, target in like.items():
-        if name not in stored:
-            raise UserError(f"{folder}: no parameter {name}; the weights do not belong to this config.json")
-        if tuple(stored[name].shape) != tuple(target.shape):
-            raise UserError(f"{folder}: {name} has shape {tuple(stored[name].shape)}, config.json asks for {tuple(target.shape)}")
-    whole = {name: _placed(like[name]) if name in like else ocp.PLACEHOLDER for name in stored}
-    return {name: value for name, value in ocp.load(str(folder), whole).items() if name in like}
+    try:
+        stored = ocp.metadata(str(folder)).metadata
+        for name, shape in shapes.items():
+            if name not in stored:
+                raise UserError(f"{folder}: no parameter {name}; the weights do not belong to this config.json")
+            if tuple(stored[name].shape) != tuple(shape):
+                raise UserError(f"{folder}: {name} has shape {tuple(stored[name].shape)}, config.json asks for {tuple(shape)}")
+        like = {name: np.empty(stored[name].shape, stored[name].dtype) if name in shapes else ocp.PLACEHOLDER for name in stored}
+        return {name: value for name, value in ocp.load(str(folder), like).items() if name in shapes}
+    except UserError:
+        raise
+    except Exception as e:  # Orbax and TensorStore raise whatever the damage looks like to them
+        raise UserError(f"{folder}: damaged ({type(e).__name__}); copy or convert the model again") from None
 
 
 def _placed(target: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -143,5 +153,20 @@ def _placed(target: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(target.shape, target.dtype, sharding=sharding)
 
 
-def _cannot_write(folder: str | Path, error: OSError) -> UserError:
-    return UserError(f"{folder}: cannot write the checkpoint: {error.strerror or error}; free space or choose another place")
+@contextlib.contextmanager
+def _writing(folder: str | Path) -> Iterator[None]:
+    """Turns what the disk says into one line, without Orbax's own reports of it."""
+    reports = logging.getLogger("absl")
+    level = reports.level
+    reports.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except (OSError, ValueError) as e:
+        # TensorStore tells the system's error in the text of a ValueError.
+        told = re.search(r"os_error_code='(\d+)'", str(e))
+        if not told and not isinstance(e, OSError):
+            raise
+        reason = os.strerror(int(told[1])) if told else e.strerror or e  # type: ignore[union-attr]
+        raise UserError(f"{folder}: cannot write the checkpoint: {reason}; free space or choose another place") from None
+    finally:
+        reports.setLevel(level)

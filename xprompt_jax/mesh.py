@@ -7,6 +7,7 @@ alone.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 import os
@@ -136,27 +137,54 @@ class AnyProcess:
 def start_distributed(mode: str = "auto") -> None:
     """Joins the processes of one run; call before any other use of JAX.
 
+    Under SLURM and Open MPI, a process that is alone on its node drives all GPUs there; several on a node drive one each. With an
+    address, a process drives all it sees. JAX_LOCAL_DEVICE_IDS overrides both.
+
     Args:
       mode: "off"; "auto" (joins when SLURM, Open MPI or a TPU pod started more than one process); or
-        "address:port,count,index".
+        "address:port,count,index", where no scheduler is asked.
 
     Raises:
-      UserError: a malformed mode.
+      UserError: a malformed mode; the processes do not find each other.
     """
     if mode == "off":
         return
-    if mode == "auto":
-        # The step's count: SLURM_NTASKS is also set in a batch script that srun has not spread out.
-        sizes = (os.environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
-        pod = os.environ.get("TPU_WORKER_HOSTNAMES", "").count(",") > 0
-        if pod or any(size.isdigit() and int(size) > 1 for size in sizes):
-            jax.distributed.initialize()
+    if mode != "auto":
+        address, _, rest = mode.partition(",")
+        count, _, index = rest.partition(",")
+        port = address.rpartition(":")[2]
+        if not (port.isdigit() and count.isdigit() and index.isdigit() and int(index) < int(count)):
+            raise UserError(f"--distributed {mode!r}: use auto, off, or address:port,count,index with index from 0 to count - 1")
+        jax.distributed.initialize(address, int(count), int(index), cluster_detection_method="deactivate")
         return
-    address, _, rest = mode.partition(",")
-    count, _, index = rest.partition(",")
-    if ":" not in address or not count.isdigit() or not index.isdigit():
-        raise UserError(f"--distributed {mode!r}: use auto, off, or address:port,count,index")
-    jax.distributed.initialize(address, int(count), int(index))
+
+    number = lambda name: int(text) if (text := os.environ.get(name, "")).isdigit() else 1
+    if number("OMPI_COMM_WORLD_SIZE") > 1:
+        scheduled, alone = True, number("OMPI_COMM_WORLD_LOCAL_SIZE") == 1
+    else:  # The step's sizes: SLURM_NTASKS is also set in a batch script that srun has not spread out.
+        scheduled = number("SLURM_STEP_NUM_TASKS") > 1
+        alone = number("SLURM_STEP_NUM_TASKS") == number("SLURM_STEP_NUM_NODES")
+    if not scheduled and not _on_tpu_pod():
+        return
+    try:
+        jax.distributed.initialize()
+    except (ValueError, RuntimeError, OSError) as e:  # Open MPI 5, for one, does not say where its processes meet
+        raise UserError(f"cannot join the other processes: {e}; give --distributed address:port,count,index, or off") from None
+    # JAX hands each process of SLURM and Open MPI the GPU of its number on the node: seven of eight would idle beside a process that is
+    # alone, and a process to which the scheduler shows a single GPU has none of a higher number.
+    single = "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ",")
+    if scheduled and (alone or single) and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+        for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
+            jax.config.update(name, "all")
+
+
+def _on_tpu_pod() -> bool:
+    """Whether this is one of several TPU workers. GKE lists them; on a TPU VM only the metadata server knows, and JAX asks it."""
+    workers = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
+    if workers is not None:
+        return "," in workers or int(os.environ.get("MEGASCALE_NUM_SLICES") or 1) > 1
+    # JAX sets the variable on import where it finds no TPU. A VM that is alone joins itself, which costs nothing.
+    return "TPU_SKIP_MDS_QUERY" not in os.environ and importlib.util.find_spec("libtpu") is not None
 
 
 def report(params: Mapping[str, Any], axes: Callable[[str], Sequence[str | None]], mesh: Mesh, trainable: Collection[str]) -> str:

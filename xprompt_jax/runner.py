@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from xprompt_jax.config import Config
+from xprompt_jax.convert.native import load_tokenizers
 from xprompt_jax.data.pipeline import batches
 from xprompt_jax.data.tokenise import Store
 from xprompt_jax.errors import UserError
 from xprompt_jax.model.chameleon import abstract_model
 from xprompt_jax.model.params import flatten, unflatten
 from xprompt_jax.prompt import Prompter
-from xprompt_jax.sample.pretrained import load, load_tokenizers
+from xprompt_jax.sample.pretrained import load
 from xprompt_jax.sample.sampler import XPrompt
 from xprompt_jax.tokens import Layout
 from xprompt_jax.train.loop import train
@@ -50,7 +51,7 @@ def run_training(config: Config, workdir: str | Path, *, progress: bool = True) 
 
     initial = None
     if config.train.init_from and not (Path(workdir) / "checkpoints").exists():
-        start = load(config.train.init_from, dtype=jnp.float32)
+        start = load(config.train.init_from, dtype=jnp.float32, num_xp_tokens=config.model.num_xp_tokens)
         if start.config != config.model:
             raise UserError(f"{config.train.init_from} has another architecture than `model` in the config; use its config.json's values")
         initial = flatten(start.decoder)

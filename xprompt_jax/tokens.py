@@ -16,6 +16,7 @@ Everything is read from the names in a `text_tokenizer.json` (the file Meta ship
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -124,8 +125,12 @@ class Tokenizer:
         self.vocab = Vocabulary.from_names(backend.get_vocab(with_added_tokens=True), source=source)
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Tokenizer:
+    def from_file(cls, path: str | Path, *, limit: int | None = None) -> Tokenizer:
         """Reads the file.
+
+        Args:
+          limit: the model's vocab_size. Added words with ids beyond it (Lumina's `<|image|>`) have no embedding and are
+            left out.
 
         Raises:
           UserError: the file is missing or is not a Chameleon tokenizer.
@@ -134,7 +139,10 @@ class Tokenizer:
         if not path.is_file():
             raise UserError(f"{path}: no such file; copy text_tokenizer.json from the folder of the original weights")
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            content = json.loads(path.read_text())
+            if limit is not None:
+                content["added_tokens"] = [word for word in content.get("added_tokens", []) if word["id"] < limit]
+            backend = tokenizers.Tokenizer.from_str(json.dumps(content))
         except Exception as e:  # the library raises plain Exception for malformed files
             raise UserError(f"{path}: not a tokenizer file ({e}); fetch it again") from None
         return cls(backend, source=str(path))

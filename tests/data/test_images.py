@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 
 from xprompt_jax.data import images
-from xprompt_jax.data.images import list_images, open_image, postprocess, preprocess, resize_center_crop, save_png
+from xprompt_jax.data.images import list_images, open_image, postprocess, preprocess, resize_center_crop, save_png, to_pixels
 from xprompt_jax.errors import UserError
 
 
@@ -94,6 +94,17 @@ def test_transparency_is_blended_on_white_and_truncated():
     assert (np.floor(blended) != np.rint(blended)).any()
 
 
+def test_transparency_is_metas_at_every_level():
+    alpha, color = np.mgrid[:256, :256]
+    rgba = np.stack([color, 255 - color, color, alpha], -1).astype(np.uint8)
+    share = rgba[..., 3:] / 255.0
+    expected = ((1 - share) * 255 + share * rgba[..., :3]).astype(np.uint8)
+    np.testing.assert_array_equal(opened(rgba), expected)
+    grey = PIL.Image.fromarray(rgba[..., 0]).convert("LA")
+    grey.putalpha(PIL.Image.fromarray(rgba[..., 3]))
+    np.testing.assert_array_equal(opened(encoded(grey)), expected[..., :1].repeat(3, -1))
+
+
 def test_one_pixel():
     np.testing.assert_array_equal(opened(encoded(PIL.Image.new("RGB", (1, 1), (1, 2, 3)))), [[[1, 2, 3]]])
     assert preprocess(open_image(noise(1, 1)), 8).shape == (8, 8, 3)
@@ -160,18 +171,68 @@ def test_unreadable_folder(tmp_path):
         list_images(tmp_path)
 
 
-@pytest.mark.parametrize(("width", "height"), [(60, 41), (41, 60), (33, 33), (20, 97), (31, 500)])
+def random_sides(seed: int, count: int) -> list[tuple[int, int]]:
+    return [tuple(map(int, sides)) for sides in np.random.default_rng(seed).integers(9, 200, (count, 2))]
+
+
+# 64 x 65 and 64 x 67: halves, which round to even. 31 x 500: an odd margin.
+@pytest.mark.parametrize(("width", "height"), [(64, 65), (64, 67), (67, 64), (33, 33), (32, 32), (31, 500), *random_sides(0, 30)])
 def test_preprocess_is_metas_recipe(width, height):
     size, image = 32, PIL.Image.fromarray(noise(height, width))
-    short = min(width, height)
-    sides = (round(width * size / short), round(height * size / short))
+    scale = size / min(width, height)
+    sides = (round(scale * width), round(scale * height))
     left, top = (sides[0] - size) // 2, (sides[1] - size) // 2
     box = (left, top, left + size, top + size)
     expected = np.asarray(image.resize(sides, PIL.Image.LANCZOS).crop(box))
     np.testing.assert_array_equal(resize_center_crop(image, size), expected)
     pixels = preprocess(image, size)
     assert pixels.dtype == np.float32
-    np.testing.assert_allclose(pixels, expected / 255 * 2 - 1, atol=1e-6)
+    np.testing.assert_array_equal(pixels, (expected.astype(np.float64) / 255 * 2 - 1).astype(np.float32))
+
+
+def test_metas_levels():
+    """In float64 until the end: half of the levels differ in float32."""
+    levels = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(to_pixels(levels), (levels.astype(np.float64) / 255.0 * 2.0 - 1.0).astype(np.float32))
+
+
+def modes(width: int, height: int) -> list[PIL.Image.Image]:
+    """One image of each mode that people's files have."""
+    rgba = PIL.Image.fromarray(noise(height, width, 4))
+    rgb = rgba.convert("RGB")
+    colors = rgb.quantize(16)
+    colors.info["transparency"] = 3
+    return [rgba, rgb, colors, rgb.convert("L"), rgba.convert("LA"), rgb.convert("CMYK")]
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 67), (67, 64), (31, 300), (48, 48), (512, 700), *random_sides(1, 12)])
+def test_hf_recipe_is_transformers(width, height):
+    module = pytest.importorskip("transformers.models.chameleon.image_processing_pil_chameleon", exc_type=ImportError)
+    size = 512 if width == 512 else 32
+    processor = module.ChameleonImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    assert module.ChameleonImageProcessorPil().size["shortest_edge"] == 512
+    for image in modes(width, height)[: 2 if size == 512 else None]:
+        expected = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+        pixels = preprocess(open_image(image, "hf"), size, "hf")
+        assert pixels.dtype == expected.dtype == np.float32
+        np.testing.assert_array_equal(pixels, expected)
+
+
+def test_recipes_differ_as_described():
+    """Half of the shapes get another long side; white is 0.989 instead of 1."""
+    pictures = [open_image(noise(height, width)) for width, height in random_sides(2, 40)]
+    other = sum((resize_center_crop(p, 32) != resize_center_crop(p, 32, "hf")).any() for p in pictures)
+    assert 10 <= other <= 30
+    levels = np.arange(256)
+    assert to_pixels(levels, "hf").max() == pytest.approx(0.989, abs=1e-6)
+    assert np.abs(to_pixels(levels) - to_pixels(levels, "hf")).max() == pytest.approx(0.011, abs=1e-6)
+
+
+def test_unknown_recipe():
+    image = open_image(noise(8, 8))
+    for use in (lambda r: open_image(image, r), lambda r: resize_center_crop(image, 4, r), lambda r: to_pixels(noise(2, 2), r)):
+        with pytest.raises(UserError, match="image recipe 'huggingface' is unknown; use meta or hf"):
+            use("huggingface")
 
 
 def test_too_narrow_image(monkeypatch):
@@ -185,6 +246,16 @@ def test_postprocess_clamps_and_truncates():
     levels = np.arange(256)
     # Half a level up, so that rounding errors of the way there do not show.
     np.testing.assert_array_equal(postprocess((levels + 0.5) / 255 * 2 - 1), levels)
+
+
+def test_postprocess_is_metas_arithmetic():
+    """Exact levels and their neighbours, where another order of operations truncates to another level."""
+    torch = pytest.importorskip("torch")
+    exact = (np.arange(256) / 255 * 2 - 1).astype(np.float32)
+    around = [exact, np.nextafter(exact, np.float32(-2)), np.nextafter(exact, np.float32(2))]
+    pixels = np.concatenate([*around, np.random.default_rng(0).normal(size=20_000).astype(np.float32)])
+    unit = ((torch.clamp(torch.from_numpy(pixels), -1.0, 1.0) + 1.0) / 2.0).numpy()
+    np.testing.assert_array_equal(postprocess(pixels), (unit * 255).astype(np.uint8))
 
 
 def test_save_png_round_trip(tmp_path):

@@ -1,9 +1,12 @@
 """Nearest neighbours against brute force, and what the hashed encoder finds close."""
 
+import json
+
 import numpy as np
 import pytest
 
-from xprompt_jax.data.retrieval import HashedNgramEncoder, neighbours
+from xprompt_jax.data.retrieval import HashedNgramEncoder, RetrievalIndex, build_index, neighbours
+from xprompt_jax.errors import UserError
 
 
 @pytest.mark.parametrize("chunk", [7, 64, 1000])
@@ -37,3 +40,64 @@ def test_encoder_brings_like_instructions_together():
     index, _ = neighbours(vectors[:4], vectors, 1, query_groups=np.arange(4), key_groups=np.arange(6))
     assert index[:, 0].tolist() == [1, 0, 3, 2]
     np.testing.assert_array_equal(HashedNgramEncoder()(texts[:1]), vectors[:1])
+
+
+def rows(tmp_path, *lines):
+    path = tmp_path / "m.jsonl"
+    path.write_text(
+        "".join(json.dumps({"input": a, "output": b, "instruction": text, "split": split}) + "\n" for a, b, text, split in lines)
+    )
+    return path
+
+
+def test_index_lists_the_nearest_training_pairs_of_other_sessions(tmp_path):
+    manifest = rows(
+        tmp_path,
+        ("a1", "a2", "add a red ball", "train"),  # 0 to 2: turns of one picture
+        ("a2", "a3", "add a blue ball", "train"),
+        ("a1", "a4", "make it night", "train"),
+        ("b1", "b2", "add a blue ball", "train"),
+        ("c1", "c2", "add a blue ball", "eval"),  # has neighbours, is none
+        ("d1", "d2", "make it a dark night", "train"),
+        ("e1", "e2", "paint it green", "eval"),
+    )
+    index = build_index(manifest, k=4, seed=1)
+    found = [set(row[row >= 0].tolist()) for row in index.neighbours]
+    assert found[:4] == [{3, 5}, {3, 5}, {3, 5}, {0, 1, 2, 5}] and found[5] == {0, 1, 2, 3} and len(found[6]) == 4
+    assert index.neighbours[0, :2].tolist() == [3, 5] and index.neighbours[2, 0] == 5
+    assert set(index.neighbours[4, :2].tolist()) == {1, 3} and np.allclose(index.cosines[4, :2], 1)
+    assert (index.cosines[:, :-1] >= index.cosines[:, 1:]).all()
+    assert index.instructions.tolist() == [0, 1, 2, 1, -1, 3, -1]
+
+
+def test_index_is_brute_force_over_allowed_pairs(tmp_path):
+    rng = np.random.default_rng(0)
+    words = ["red", "blue", "ball", "night", "rain", "remove", "add"]
+    lines = [
+        (f"i{rng.integers(30)}", f"o{i}", " ".join(rng.choice(words, 3)), "train" if rng.random() < 0.8 else "eval") for i in range(60)
+    ]
+    index = build_index(rows(tmp_path, *lines), k=5)
+    vectors = HashedNgramEncoder()([text for _, _, text, _ in lines])
+    for i, (image, _, _, _) in enumerate(lines):
+        allowed = [j for j, other in enumerate(lines) if other[3] == "train" and other[0] != image]
+        cosines = np.sort(vectors[allowed] @ vectors[i])[::-1][:5]
+        np.testing.assert_allclose(index.cosines[i], cosines, atol=1e-5)
+        assert set(index.neighbours[i].tolist()) <= set(allowed) and len(set(index.neighbours[i].tolist())) == 5
+
+
+def test_index_file_round_trips_and_knows_its_source(tmp_path):
+    manifest = rows(tmp_path, ("a", "b", "remove the rain", "train"), ("c", "d", "make it night", "train"))
+    index = build_index(manifest, k=3)
+    index.save(tmp_path / "sub" / "i")
+    again = RetrievalIndex.load(tmp_path / "sub" / "i")
+    for name in ("features", "instructions", "neighbours", "cosines"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(index, name))
+    ((record, cosine),) = again.retrieve("please make it night")
+    assert record.instruction == "make it night" and record.input.resolve() == tmp_path / "c" and 0.3 < cosine < 1
+    with pytest.raises(UserError, match="no training pair"):
+        build_index(rows(tmp_path, ("a", "b", "x", "eval")), k=1)
+    with pytest.raises(UserError, match="has changed since"):
+        RetrievalIndex.load(tmp_path / "sub" / "i")
+    (tmp_path / "bad").write_bytes(b"x")
+    with pytest.raises(UserError, match="not a readable index"):
+        RetrievalIndex.load(tmp_path / "bad")

@@ -1,8 +1,17 @@
 """Image files, opened as a person would expect, and Chameleon's way from picture to pixels and back.
 
 Opening: EXIF rotation is applied, transparency is blended on white, CMYK, palette, grey and 16-bit images become 8-bit
-RGB. What is no readable image is refused in one line that names the file. Preprocessing is Meta's recipe (facts:
-chameleon.md 2.5): short side to `size` by LANCZOS with rounded sides, centre crop, [-1, 1]; back again by truncation.
+RGB. What is no readable image is refused in one line that names the file. Preprocessing follows one of two recipes,
+bit for bit (facts: chameleon.md 2.5):
+
+              transparency on white     long side           levels x to pixels
+    meta      float64, truncated        round(side * scale) x / 255 * 2 - 1 in float64, to float32
+    hf        integers, rounded         int                 x * 0.0078 in float64, to float32, - 1
+
+Both take the short side to `size` by LANCZOS, then the centre (offset rounded down). Chameleon learnt with Meta's; use
+Hugging Face's only to reproduce numbers of transformers: its brightest white is 0.989. It has no way back from pixels;
+Meta's clamps and truncates. Beyond Meta's, opening turns by EXIF, keeps the range of 16 bits, and knows RGB files with a
+transparent colour.
 """
 
 from __future__ import annotations
@@ -11,7 +20,7 @@ import contextlib
 import io
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import PIL.Image
@@ -23,23 +32,33 @@ from xprompt_jax.files import atomic_path
 MAX_PIXELS = 89_000_000
 """Larger images are refused before their pixels are decoded: 30000 x 30000 would take 2.7 GB."""
 
+Recipe = Literal["meta", "hf"]
+"""Whose preprocessing: Meta's (the default everywhere), or that of transformers' image processor, PIL backend (its torchvision
+backend moves some levels by one)."""
+
+_LEVELS: dict[Recipe, np.ndarray] = {
+    "meta": (np.arange(256) / 255.0 * 2.0 - 1.0).astype(np.float32),
+    "hf": (np.arange(256) * 0.0078).astype(np.float32) - np.float32(1.0),
+}
+
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"})
 
 
-def open_image(source: Any) -> PIL.Image.Image:
-    """A path, bytes, PIL image or uint8 array [h, w], [h, w, 3] or [h, w, 4] -> RGB image.
+def open_image(source: Any, recipe: Recipe = "meta") -> PIL.Image.Image:
+    """A path, bytes, PIL image or uint8 array [h, w], [h, w, 3] or [h, w, 4] -> RGB image; `recipe` blends transparency.
 
     Raises:
-      UserError: not an image, damaged, empty, too large, or unreadable.
+      UserError: not an image, damaged, empty, too large, or unreadable; an unknown recipe.
     """
+    _check(recipe)
     if isinstance(source, str | os.PathLike):
         name, data = str(source), _read(Path(source))
     elif isinstance(source, bytes | bytearray | memoryview):
         name, data = f"image of {len(source)} bytes", bytes(source)
     elif isinstance(source, PIL.Image.Image):
-        return _decode(source, getattr(source, "filename", "") or "image")
+        return _decode(source, getattr(source, "filename", "") or "image", recipe)
     elif hasattr(source, "__array__"):
-        return _to_rgb(_from_array(np.asarray(source)))
+        return _to_rgb(_from_array(np.asarray(source)), recipe)
     else:
         raise UserError(f"an image must be a path, bytes, a PIL image or a uint8 array, not {type(source).__name__}")
     if not data:
@@ -51,7 +70,12 @@ def open_image(source: Any) -> PIL.Image.Image:
         raise UserError(f"{name}: more than {MAX_PIXELS:,} pixels; make it smaller") from None
     except Exception:
         raise UserError(f"{name}: not an image, or of an unknown format; convert it to PNG or remove it") from None
-    return _decode(image, name)
+    return _decode(image, name, recipe)
+
+
+def _check(recipe: str) -> None:
+    if recipe not in get_args(Recipe):
+        raise UserError(f"image recipe {recipe!r} is unknown; use {' or '.join(get_args(Recipe))}")
 
 
 def _read(path: Path) -> bytes:
@@ -71,17 +95,17 @@ def _from_array(array: np.ndarray) -> PIL.Image.Image:
     return PIL.Image.fromarray(array)
 
 
-def _decode(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
+def _decode(image: PIL.Image.Image, name: str, recipe: Recipe) -> PIL.Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise UserError(f"{name}: {image.width} x {image.height} is more than {MAX_PIXELS:,} pixels; make it smaller")
     try:
         image.load()
-        return _to_rgb(image)
+        return _to_rgb(image, recipe)
     except Exception as e:
         raise UserError(f"{name}: damaged or cut short ({e}); replace or remove it") from None
 
 
-def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+def _to_rgb(image: PIL.Image.Image, recipe: Recipe) -> PIL.Image.Image:
     with contextlib.suppress(Exception):  # unreadable EXIF says nothing about the pixels
         image = PIL.ImageOps.exif_transpose(image)
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -93,19 +117,23 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         return PIL.Image.fromarray(np.asarray(image).clip(0, 255).astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
+    if recipe == "hf":
+        white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return PIL.Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     rgba = np.asarray(image.convert("RGBA")).astype(np.float64)
     alpha = rgba[..., 3:] / 255.0
     return PIL.Image.fromarray((rgba[..., :3] * alpha + 255.0 * (1.0 - alpha)).astype(np.uint8))
 
 
-def resize_center_crop(image: PIL.Image.Image, size: int) -> np.ndarray:
-    """uint8 [size, size, 3]: short side to `size` (LANCZOS, rounded sides), then the centre (offset rounded down).
+def resize_center_crop(image: PIL.Image.Image, size: int, recipe: Recipe = "meta") -> np.ndarray:
+    """uint8 [size, size, 3]: short side to `size` (LANCZOS, long side as `recipe` has it), then the centre (offset rounded down).
 
     Raises:
-      UserError: the image is so narrow that its long side would become enormous.
+      UserError: the image is so narrow that its long side would become enormous; an unknown recipe.
     """
-    scale = size / min(image.size)
-    width, height = (round(side * scale) for side in image.size)
+    _check(recipe)
+    short = min(image.size)
+    width, height = (round(side * (size / short)) if recipe == "meta" else int(size * side / short) for side in image.size)
     if width * height > MAX_PIXELS:
         raise UserError(f"an image of {image.width} x {image.height} is too narrow to be {size} pixels wide; crop it")
     resized = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
@@ -113,18 +141,23 @@ def resize_center_crop(image: PIL.Image.Image, size: int) -> np.ndarray:
     return np.asarray(resized.crop((left, top, left + size, top + size)))
 
 
-def to_pixels(image: np.ndarray) -> np.ndarray:
-    """uint8 -> float32 in [-1, 1]."""
-    return image.astype(np.float32) / 255.0 * 2.0 - 1.0
+def to_pixels(image: np.ndarray, recipe: Recipe = "meta") -> np.ndarray:
+    """uint8 -> float32 in [-1, 1].
+
+    Raises:
+      UserError: an unknown recipe.
+    """
+    _check(recipe)
+    return _LEVELS[recipe][image]
 
 
-def preprocess(image: PIL.Image.Image, size: int) -> np.ndarray:
+def preprocess(image: PIL.Image.Image, size: int, recipe: Recipe = "meta") -> np.ndarray:
     """float32 [size, size, 3] in [-1, 1], Chameleon's input; raises like `resize_center_crop`."""
-    return to_pixels(resize_center_crop(image, size))
+    return to_pixels(resize_center_crop(image, size, recipe), recipe)
 
 
 def postprocess(pixels: np.ndarray) -> np.ndarray:
-    """float [..., 3] about [-1, 1] -> uint8: clamp, scale, truncate (trap 13)."""
+    """float [..., 3] about [-1, 1] -> uint8: clamp, scale, truncate, in Meta's order and float32 (trap 13)."""
     return ((np.clip(np.asarray(pixels, np.float32), -1.0, 1.0) + 1.0) / 2.0 * 255.0).astype(np.uint8)
 
 

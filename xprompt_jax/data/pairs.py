@@ -74,9 +74,14 @@ def photo_source(image) -> Source:
     return Source(image)
 
 
-def scene_sources(seed: int, count: int, size: int) -> list[Source]:
-    """`count` rendered scenes of `size` x `size` pixels; source i depends on (seed, i, size) alone."""
+def scene_sources(seed: int, count: int, size: int, zoom: float = 1.0) -> list[Source]:
+    """`count` rendered scenes of `size` x `size` pixels; source i depends on (seed, i, size, zoom) alone.
+
+    Args:
+      zoom: times the focal length. Above 1, objects fill more of a small image and those at the side leave it.
+    """
     scenes = _unstack(jax.device_get(world.sample_scenes(jax.random.key(seed), _padded(count))), count)
+    scenes = [scene._replace(camera=scene.camera * np.array([1, 1, zoom], np.float32)) for scene in scenes]
     return [Source(r.rgb, s, r) for s, r in zip(scenes, _render(scenes, size), strict=True)]
 
 

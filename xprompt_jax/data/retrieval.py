@@ -2,19 +2,35 @@
 
 The paper uses CLIP B/32 text features and says the distance can be replaced. The encoder here needs no weights: it hashes
 words and letter triples, so that instructions that share words come close. Neighbours are exact, in slices of the keys.
+
+    manifest or token store --build_index--> RetrievalIndex --save--> a file --load--> .neighbours for training, .retrieve for editing
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import itertools
+import os
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
+import safetensors.numpy
+
+from xprompt_jax.data import sources
+from xprompt_jax.data.tokenise import Store
+from xprompt_jax.errors import UserError
+from xprompt_jax.files import atomic_path
+
+FORMAT = "xprompt-index-1"
+QUERIES_AT_ONCE = 1024
 
 
 class HashedNgramEncoder:
@@ -85,3 +101,168 @@ def _merge(best, index, queries, query_groups, keys, key_groups, valid, start, k
     indices = jnp.concatenate([index, jnp.where(jnp.isneginf(top), -1, at + start)], axis=1)
     best, chosen = jax.lax.top_k(scores, k)
     return best, jnp.take_along_axis(indices, chosen, axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalIndex:
+    """Which training pairs have the nearest instructions: of every pair of a data set, and of any text.
+
+    Row i is line i of the manifest, and pair i of a token store that was made from it.
+    """
+
+    features: np.ndarray
+    """float32 [u, d], unit rows: the distinct instructions of training pairs."""
+    instructions: np.ndarray
+    """int32 [n], the row of `features` that belongs to a pair; -1 for pairs that are held out."""
+    neighbours: np.ndarray
+    """int32 [n, k], training pairs, nearest first; -1 where there are no more."""
+    cosines: np.ndarray
+    """float32 [n, k]; -inf where there are no more."""
+    source: Path
+    """The manifest or store."""
+    fingerprint: str
+    """Of the source's table of pairs."""
+
+    def save(self, path: str | Path) -> None:
+        """Writes the file (safetensors), whole or not at all; it names its source relative to itself."""
+        path = Path(path)
+        header = {
+            "format": FORMAT, "encoder": f"hashed-ngram-{self.features.shape[1]}", "fingerprint": self.fingerprint,
+            "source": os.path.relpath(self.source.resolve(), path.resolve().parent),
+        }  # fmt: skip
+        tensors = {name: getattr(self, name) for name in ("features", "instructions", "neighbours", "cosines")}
+        with atomic_path(path) as temporary:
+            safetensors.numpy.save_file(tensors, temporary, metadata=header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> RetrievalIndex:
+        """Reads the file.
+
+        Raises:
+          UserError: it is missing, damaged or no index, or its source is gone or has changed since.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; make it with `xprompt index`")
+        try:
+            with safetensors.safe_open(path, "numpy") as f:
+                header = f.metadata() or {}
+                if header.get("format") != FORMAT:
+                    raise UserError(f"{path}: not an index of format {FORMAT}; make it with `xprompt index`")
+                tensors = {name: f.get_tensor(name) for name in ("features", "instructions", "neighbours", "cosines")}
+        except safetensors.SafetensorError as e:
+            raise UserError(f"{path}: not a readable index ({e}); make it again with `xprompt index`") from None
+        source = path.parent / header["source"]
+        if _fingerprint(source) != header["fingerprint"]:
+            raise UserError(f"{source}: has changed since {path} was made; run `xprompt index` again")
+        return cls(**tensors, source=source, fingerprint=header["fingerprint"])
+
+    def retrieve(self, text: str, k: int = 1) -> list[tuple[sources.Record, float]]:
+        """The training pairs whose instructions are nearest to a text, with their cosines; equal ones in the manifest's order.
+
+        Raises:
+          UserError: the index is of a token store, which has no image files, or k is out of range.
+        """
+        if self.source.is_dir():
+            raise UserError(f"{self.source}: a token store has no image files; index its manifest")
+        available = int((self.instructions >= 0).sum())
+        if not 1 <= k <= available:
+            raise UserError(f"{k} examples: the index has {available} training pairs")
+        cosines = (self.features @ HashedNgramEncoder(self.features.shape[1])([text])[0])[self.instructions]
+        cosines[self.instructions < 0] = -np.inf
+        records = list(sources.manifest(self.source))
+        return [(records[i], float(cosines[i])) for i in np.argsort(-cosines, kind="stable")[:k]]
+
+
+def build_index(data: str | Path, *, k: int, eval_fraction: float = 0.0, seed: int = 0) -> RetrievalIndex:
+    """Finds the k nearest training pairs of every pair by their instructions, exactly.
+
+    Pairs that share an image, directly or through other pairs, are a session (the turns of one edited picture), and never neighbours:
+    one would show the other's answer. Pairs that are held out have neighbours and are none.
+
+    Args:
+      data: a manifest (JSONL), or the folder of a token store.
+      eval_fraction: held out of a manifest whose rows do not say.
+      seed: chooses among pairs of the same instruction.
+
+    Raises:
+      UserError: the data cannot be read, or has no training pair.
+    """
+    data = Path(data)
+    rows: list = list(Store.open(data).pairs) if data.is_dir() else list(sources.manifest(data, eval_fraction=eval_fraction))
+    training = [i for i, row in enumerate(rows) if row.split == "train"]
+    if not training:
+        raise UserError(f"{data}: no training pair to retrieve")
+    sessions = _sessions([(row.input, row.output) for row in rows])
+    texts = list(dict.fromkeys(rows[i].instruction for i in training))
+    number = {text: i for i, text in enumerate(texts)}
+    having: dict[int, list[int]] = defaultdict(list)
+    for i in training:
+        having[number[rows[i].instruction]].append(i)
+
+    encoder = HashedNgramEncoder()
+    features = encoder(texts)
+    asked = list(dict.fromkeys(row.instruction for row in rows))
+    # A text counts for nothing only if all its pairs are of the row's own session; so many texts more make k pairs certain.
+    own: dict[int, set[str]] = defaultdict(set)
+    for i in training:
+        own[sessions[i]].add(rows[i].instruction)
+    wide = min(len(texts), k + max(map(len, own.values())))
+    near: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for start in range(0, len(asked), QUERIES_AT_ONCE):
+        part = asked[start : start + QUERIES_AT_ONCE]
+        near.update(zip(part, zip(*neighbours(encoder(part), features, wide), strict=True), strict=True))
+
+    found, cosines = np.full((len(rows), k), -1, np.int32), np.full((len(rows), k), -np.inf, np.float32)
+    for i, row in enumerate(rows):
+        rng = np.random.default_rng([seed, i])
+        chosen: list[tuple[int, float]] = []
+        for text, cosine in zip(*near[row.instruction], strict=True):
+            chosen += [(j, cosine) for j in _draw(having[int(text)], k - len(chosen), sessions, sessions[i], rng)]
+            if len(chosen) == k:
+                break
+        for place, (j, cosine) in enumerate(chosen):
+            found[i, place], cosines[i, place] = j, cosine
+    held = np.array([number[row.instruction] if row.split == "train" else -1 for row in rows], np.int32)
+    return RetrievalIndex(features, held, found, cosines, data, _fingerprint(data))
+
+
+def _draw(rows: list[int], count: int, sessions: Sequence[int], own: int, rng: np.random.Generator) -> list[int]:
+    """At most `count` of `rows` in random order, none of the session `own`."""
+    found: list[int] = []
+    for tried in (min(len(rows), 4 * count), len(rows)):  # a few are nearly always enough
+        order = rng.choice(len(rows), tried, replace=False)
+        found = list(itertools.islice((rows[j] for j in order if sessions[rows[j]] != own), count))
+        if len(found) == count:
+            break
+    return found
+
+
+def _sessions(pairs: Sequence[tuple[Hashable, Hashable]]) -> list[int]:
+    """Equal numbers for pairs that share an image, directly or through others (union-find)."""
+    parent: dict[Hashable, Hashable] = {}
+
+    def root(image: Hashable) -> Hashable:
+        parent.setdefault(image, image)
+        while parent[image] != image:
+            parent[image] = parent[parent[image]]
+            image = parent[image]
+        return image
+
+    for before, after in pairs:
+        parent[root(before)] = root(after)
+    numbers: dict[Hashable, int] = {}
+    return [numbers.setdefault(root(before), len(numbers)) for before, _ in pairs]
+
+
+def _fingerprint(source: Path) -> str:
+    """16 hex digits over the table of pairs.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    table = source / "pairs.jsonl" if source.is_dir() else source
+    try:
+        return hashlib.sha256(table.read_bytes()).hexdigest()[:16]
+    except OSError as e:
+        raise UserError(f"{table}: cannot read: {e.strerror}; the index belongs to it") from None

@@ -22,13 +22,13 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from xprompt_jax.convert.native import save_tokenizers
 from xprompt_jax.data.images import open_image, resize_center_crop, to_pixels
 from xprompt_jax.data.sources import Record
 from xprompt_jax.errors import UserError
 from xprompt_jax.files import atomic_path
 from xprompt_jax.model.params import flatten
 from xprompt_jax.model.vqgan import VQGAN
-from xprompt_jax.sample.pretrained import save_tokenizers
 from xprompt_jax.tokens import Tokenizer
 
 FORMAT = "xprompt-tokens-1"

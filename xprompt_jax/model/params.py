@@ -60,3 +60,24 @@ def unflatten(like: Module, params: Mapping[str, jax.Array]) -> Module:
 def count(module: nnx.Module) -> int:
     """Number of scalars in a module, concrete or abstract."""
     return sum(leaf.size for leaf in flatten(module).values())
+
+
+def per_layer(name: str, layer: int) -> str:
+    """The name of one layer's slice of a stacked parameter: blocks.mlp.up, 3 -> blocks.3.mlp.up."""
+    return name.replace("blocks.", f"blocks.{layer}.", 1)
+
+
+def stacked(name: str) -> tuple[str, int | None]:
+    """The way back: blocks.3.mlp.up -> (blocks.mlp.up, 3); other names -> (name, None)."""
+    first, _, rest = name.partition(".")
+    layer, _, rest = rest.partition(".")
+    return (f"{first}.{rest}", int(layer)) if first == "blocks" and layer.isdigit() else (name, None)
+
+
+def layer_shapes(module: nnx.Module, num_layers: int) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter with the layers apart: what model folders hold and converters move, in their order."""
+    flat = flatten(module)
+    shapes = {name: tuple(p.shape) for name, p in flat.items() if not name.startswith("blocks.")}
+    for layer in range(num_layers):
+        shapes |= {per_layer(name, layer): tuple(p.shape[1:]) for name, p in flat.items() if name.startswith("blocks.")}
+    return shapes

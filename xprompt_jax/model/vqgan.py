@@ -9,6 +9,8 @@ in, out]. The tokenizer runs in float32, products at full precision: in 16 bits 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -18,6 +20,7 @@ from xprompt_jax.errors import UserError
 
 _EPS = 1e-6
 _CODES_AT_ONCE = 1024  # bounds the distances held in memory: 4 KB per place
+_PIXELS_AT_ONCE = 2**20  # bounds the activations of `encode` and `decode`: 1.5 GB at Chameleon's width, which has 1.5 KB per pixel
 
 
 def _groups(channels: int) -> int:
@@ -226,8 +229,29 @@ class Codebook(nnx.Module):
         return codes, rows[codes]
 
 
+def _in_slices(f: Callable[[jax.Array], jax.Array], x: jax.Array, pixels: int) -> jax.Array:
+    """f(x), computed for as many images at a time as hold _PIXELS_AT_ONCE, but at least one.
+
+    No smaller, though a picture may be large: its normalisations and its attention see all of it at once.
+
+    Args:
+      f: treats each image on its own.
+      x: [B, ...].
+      pixels: of one image.
+    """
+    if len(x) <= 1 or len(x) * pixels <= _PIXELS_AT_ONCE:
+        return f(x)
+    parts = -(-len(x) // max(1, _PIXELS_AT_ONCE // pixels))
+    size = -(-len(x) // parts)
+    padded = jnp.pad(x, [(0, parts * size - len(x))] + [(0, 0)] * (x.ndim - 1))
+    y = jax.lax.map(f, padded.reshape(parts, size, *x.shape[1:]))
+    return y.reshape(parts * size, *y.shape[2:])[: len(x)]
+
+
 class VQGAN(nnx.Module):
     """Encoder, codebook and decoder; parameters in float32. Sides may be any multiple of `config.downsample`.
+
+    `encode` and `decode` take batches of any size: large ones go through in slices of a million pixels, in bounded memory.
 
     Raises:
       UserError: `config.channels` is not a multiple of 4.
@@ -247,11 +271,12 @@ class VQGAN(nnx.Module):
         Raises:
           UserError: h or w is not a positive multiple of f.
         """
-        return self.quantize(self.encode_latent(pixels))[0]
+        return _in_slices(lambda x: self.quantize(self.encode_latent(x))[0], pixels, pixels.shape[1] * pixels.shape[2])
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """int32 [B, rows, columns] -> float32 [B, rows*f, columns*f, 3], about [-1, 1], not clamped."""
-        return self.decode_latent(self.quantize.rows[codes])
+        pixels = codes.shape[1] * codes.shape[2] * self.config.downsample**2
+        return _in_slices(lambda c: self.decode_latent(self.quantize.rows[c]), codes, pixels)
 
     def encode_latent(self, pixels: jax.Array) -> jax.Array:
         """[B, h, w, 3] -> [B, h/f, w/f, C], before quantisation; raises like `encode`."""

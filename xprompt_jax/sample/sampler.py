@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import PIL.Image
 from tqdm import tqdm
 
 from xprompt_jax.config import ComputeConfig, ModelConfig
-from xprompt_jax.data.images import open_image, postprocess, preprocess
+from xprompt_jax.data.images import Recipe, open_image, postprocess, preprocess
 from xprompt_jax.errors import UserError
 from xprompt_jax.model.chameleon import Chameleon, unstacked
 from xprompt_jax.model.params import flatten
@@ -34,6 +35,8 @@ from xprompt_jax.sample.speculative import decode_image
 from xprompt_jax.sample.text import decode_text
 from xprompt_jax.sample.thumbnails import thumbnail
 from xprompt_jax.tokens import Layout, Tokenizer
+
+log = logging.getLogger(__name__)
 
 ImageLike = Any  # a PIL image, a path, or a uint8 array [height, width, 3]
 
@@ -71,11 +74,13 @@ class XPrompt:
         self._compiled_examples = jax.jit(Chameleon.encode_examples, static_argnames=("shape", "compute"))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, compute: ComputeConfig | None = None, mesh=None, dtype=None) -> XPrompt:
-        """Loads a model folder; see `sample.pretrained.load`."""
+    def from_pretrained(
+        cls, model: str | Path, *, compute: ComputeConfig | None = None, mesh: Any = None, dtype: Any = None, **options: Any
+    ) -> XPrompt:  # fmt: skip
+        """Loads a model folder or a hub name; see `sample.pretrained.load`."""
         from xprompt_jax.sample.pretrained import load
 
-        return load(folder, compute=compute, mesh=mesh, dtype=dtype)
+        return load(model, compute=compute, mesh=mesh, dtype=dtype, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a folder that `from_pretrained` reads."""
@@ -102,18 +107,37 @@ class XPrompt:
     @functools.cached_property
     def _image_head(self) -> jax.Array:
         v = self.tokenizer.vocab
-        return self.decoder.head[...][:, v.image_start : v.image_start + v.num_codes].astype(self.compute.dtype)
+        head = self.decoder.head[...][:, v.image_start : v.image_start + v.num_codes]
+        if not jnp.any(head):
+            log.warning("the head's rows for image codes are all zero (released Chameleon models cannot draw): every image will be noise; "
+                        "train it, or load a fork that draws")  # fmt: skip
+        return head.astype(self.compute.dtype)
 
     # --- images and codes
 
-    def encode_images(self, images: Sequence[ImageLike]) -> np.ndarray:
-        """Images -> int32 [n, rows, columns] codes, after Chameleon's resize and centre crop."""
-        size = self.config.vq.image_size
-        pixels = np.stack([preprocess(open_image(image), size) for image in images])
-        return np.concatenate([np.asarray(self._encode(self.vqgan, p[None])) for p in pixels])
+    def encode_images(self, images: Sequence[ImageLike], recipe: Recipe = "meta") -> np.ndarray:
+        """Images -> int32 [n, grid, grid] codes, after the recipe's resize and centre crop (data/images.py).
+
+        One image at a time: memory does not grow with their number, and no code depends on the other images.
+
+        Raises:
+          UserError: an image cannot be read, or the recipe is unknown.
+        """
+        codes = np.zeros((len(images), self.config.vq.grid, self.config.vq.grid), np.int32)
+        for i, image in enumerate(images):
+            pixels = preprocess(open_image(image, recipe), self.config.vq.image_size, recipe)
+            codes[i] = np.asarray(self._encode(self.vqgan, pixels[None]))[0]
+        return codes
 
     def decode_images(self, codes: np.ndarray) -> list[PIL.Image.Image]:
-        """int32 [n, rows, columns] codes -> PIL images."""
+        """int32 [n, rows, columns] codes -> PIL images of any proportions, one at a time.
+
+        Raises:
+          UserError: not codes of this VQGAN.
+        """
+        codes, num_codes = np.asarray(codes), self.config.vq.num_codes
+        if codes.ndim != 3 or codes.dtype.kind not in "iu" or ((codes < 0) | (codes >= num_codes)).any():
+            raise UserError(f"decode_images: codes must be int [n, rows, columns] in 0..{num_codes - 1}, not vocabulary ids")
         return [PIL.Image.fromarray(postprocess(np.asarray(self._decode(self.vqgan, c[None]))[0])) for c in codes]
 
     # --- examples

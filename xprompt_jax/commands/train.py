@@ -1,0 +1,85 @@
+"""`xprompt train`, whose flags are the whole configuration."""
+
+from __future__ import annotations
+
+import itertools
+import runpy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from xprompt_jax.config import Config, load_json
+from xprompt_jax.errors import UserError
+
+
+@dataclass
+class Train:
+    """Train from one configuration; the same command resumes, and --workdir alone does too.
+
+    Every setting of the configuration is a flag; flags override the file.
+
+    Examples:
+      xprompt train --config configs/debug_cpu.py --workdir runs/debug
+      xprompt train --config configs/chameleon_7b_pod.py --workdir gs://bucket/run --mesh.fsdp 128 --optim.learning-rate 5e-5
+      xprompt train --workdir runs/debug
+    """
+
+    workdir: Path
+    """Folder of the run: config, checkpoints, metrics, and the model at the end."""
+    config: Path | None = None
+    """A Python file that defines `config = Config(...)`, or a JSON file; without it, WORKDIR/config.json."""
+    distributed: str = "auto"
+    """How processes find each other: auto (SLURM, Open MPI, TPU pods), off, or address:port,count,index."""
+    settings: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+    def run(self) -> None:
+        """Trains."""
+        from xprompt_jax.mesh import log_devices, start_distributed
+
+        start_distributed(self.distributed)
+        log_devices()
+        from xprompt_jax.runner import run_training
+
+        if run_training(self.settings, self.workdir) is not None:
+            print(f"{self.workdir / 'model'}: the trained model")
+
+
+def load_config(path: Path) -> Config:
+    """A configuration from a Python file (`config = Config(...)`) or a JSON file.
+
+    Raises:
+      UserError: the file is missing, does not run, or defines no configuration.
+    """
+    if path.suffix == ".json" or not path.is_file():
+        return load_json(Config, path)
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except UserError:
+        raise
+    except Exception as e:  # whatever a person's file raises: an unknown key is a TypeError
+        raise UserError(f"{path}: {type(e).__name__}: {e}") from None
+    if not isinstance(config, Config):
+        raise UserError(f"{path}: defines no `config = Config(...)`")
+    return config
+
+
+def default_train(arguments: Sequence[str]) -> Train:
+    """What the flags of `train` override: the configuration that --config names, else that of the run in --workdir.
+
+    Raises:
+      UserError: it cannot be read, or there is none.
+    """
+    split = [part for flag in arguments for part in (flag.split("=", 1) if flag.startswith("--") else [flag])]
+    given = dict(itertools.pairwise(split))
+    if "--config" in given:
+        settings = load_config(Path(given["--config"]))
+    elif "--workdir" in given and (Path(given["--workdir"]) / "config.json").exists():
+        settings = load_json(Config, Path(given["--workdir"]) / "config.json")
+    elif {"-h", "--help"} & set(arguments) or "--workdir" not in given:
+        settings = Config()
+    else:
+        raise UserError(f"--workdir {given['--workdir']}: no run there yet; start one with --config FILE")
+    return Train(workdir=tyro.MISSING, settings=settings)

@@ -85,7 +85,7 @@ def test_help_is_quick_and_teaches():
     (["compile", "--model", "/none", "--inputs", "a", "--outputs", "b", "--index", "i", "--out", "o"], "or --index FILE"),
     (["compile", "--model", "/none", "--index", "i", "--out", "o"], "--index needs --instruction"),
     (["compile", "--model", "/none", "--index", "i", "--instruction", "a", "--out", "o"], "i: no such file; make it with `xprompt index`"),
-    (["tokenize", "--model", "/none", "--out", "o", "--world", "1"], "--model /none: no such folder"),
+    (["tokenize", "--model", "/none", "--out", "o", "--world", "1"], "/none: no such model folder"),
     (["annotate", "--manifest", "m.jsonl", "--out", "o"], "give --kind to ask, or --merge-into"),
     (["annotate", "--manifest", "m.jsonl", "--out", "o", "--merge-into", "n", "--dry-run"], "--kind is missing"),
     (["annotate", "--manifest", "m", "--out", "o", "--merge-into", "n", "--dry-run", "--kind", "reverse"], "--merge-into needs answers"),

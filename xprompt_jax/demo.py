@@ -8,14 +8,12 @@ only the sizes differ. What is shown was held out: scenes, photographs and task 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -27,6 +25,7 @@ from xprompt_jax.data.sources import Record, photographs, world_pairs
 from xprompt_jax.data.tokenise import tokenize
 from xprompt_jax.errors import UserError
 from xprompt_jax.evaluate.metrics import psnr_rgb
+from xprompt_jax.evaluate.pairs import ARMS, make_episodes, run_pairs
 from xprompt_jax.evaluate.report import Curve, ReportRow, Table, contact_sheet, write_report
 from xprompt_jax.prompt import DESCRIBE_QUESTION
 from xprompt_jax.runner import run_training
@@ -58,6 +57,7 @@ class Scale:
     vq_steps: int
     steps: int
     shown: int
+    """Rows of pictures a task."""
     scored: int
 
 
@@ -101,8 +101,8 @@ def run_demo(workdir: Path, *, quick: bool = False, photos: Path | None = None, 
             raise UserError(f"stopped in the middle of training; the same command goes on from {workdir / 'run'}")
         model.save_pretrained(workdir / "model")
     with clock("drawing"):
-        rows, scores = _show(model, [r for r in records if r.split == "eval"], scale, seed)
-    return _write(workdir, model, rows, scores, clock, quick)
+        rows, scores, queries = _show(model, [r for r in records if r.split == "eval"], scale, seed)
+    return _write(workdir, rows, scores, queries, clock, quick)
 
 
 def _config(workdir: Path, scale: Scale, seed: int) -> Config:
@@ -150,59 +150,36 @@ def _texts(records: Sequence[Record]) -> Iterator[str]:
         yield from (r.instruction, r.reverse_instruction, r.description, r.reverse_description)
 
 
-@dataclass(frozen=True)
-class _Scores:
-    """Mean PSNR-RGB over the held-out queries, in dB."""
-
-    drawn: float
-    wrong_example: float
-    copied: float
-    ceiling: float
-    queries: int
-
-
-def _show(model: XPrompt, records: Sequence[Record], scale: Scale, seed: int) -> tuple[list[ReportRow], _Scores]:
-    """Draws held-out queries from held-out examples, and from the wrong example as a control."""
-    groups: dict[str, list[Record]] = {}
-    for r in records:
-        groups.setdefault(r.group, []).append(r)
-    chosen = [group for group in groups.values() if len(group) > 1][: scale.scored]
-    examples, queries = [g[0] for g in chosen], [g[1] for g in chosen]
-    tasks = [model.compile([Example(e.input, e.output, e.instruction)]) for e in examples]
-    inputs, targets = [q.input for q in queries], np.stack([q.output for q in queries])
-    options: dict[str, Any] = {"seed": seed, "top_k": 16, "temperature": 0.7}
-    drawn = _arrays(model.generate(tasks, inputs, **options, progress=True))
-    # The words stay right, the pictures are another task's: what is lost now came through the XP tokens.
-    others = [dataclasses.replace(t, instruction=own.instruction) for t, own in zip(tasks[1:] + tasks[:1], tasks, strict=True)]
-    wrong = _arrays(model.generate(others, inputs, **options))
-    ceiling = _arrays(model.decode_images(model.encode_images(list(targets))))
-    mean = lambda images: float(np.mean([psnr_rgb(a, b) for a, b in zip(images, targets, strict=True)]))
-    scores = _Scores(mean(drawn), mean(wrong), mean(np.stack(inputs)), mean(ceiling), len(queries))
+def _show(model: XPrompt, records: Sequence[Record], scale: Scale, seed: int) -> tuple[list[ReportRow], dict[str, float], int]:
+    """Draws held-out queries from held-out examples: rows to show, mean PSNR-RGB in dB by arm, and of how many queries."""
+    episodes = make_episodes(records, examples=1, per_group=1, seed=seed)[: scale.scored]
+    outcomes = list(run_pairs(model, episodes, seed=seed, top_k=16, temperature=0.7))
+    scores = {arm: float(np.mean([psnr_rgb(o.images[arm], o.target) for o in outcomes])) for arm in ARMS}
 
     rows: list[ReportRow] = []
-    seen: set[str] = set()
-    for i, (e, q) in enumerate(zip(examples, queries, strict=True)):
-        if q.task in seen or len(rows) == scale.shown:
+    shown: dict[str, int] = {}
+    for o in outcomes:
+        query, (before, after) = o.episode.query, o.example
+        if shown.get(query.task, 0) == scale.shown:
             continue
-        seen.add(q.task)
-        caption = q.instruction
-        if len(rows) < 3:
-            caption += f' · the model on the example: "{model.describe([Example(e.input, e.output)], max_tokens=64)}"'
-        shown = (
-            ("example input", e.input), ("example output", e.output),
-            ("input", q.input), ("generated", drawn[i]), ("target", q.output),
+        shown[query.task] = shown.get(query.task, 0) + 1
+        caption = query.instruction
+        if len(shown) <= 3 and shown[query.task] == 1:
+            caption += f' · the model on the example: "{model.describe([Example(before, after)], max_tokens=64)}"'
+        pictures = (
+            ("example input", before), ("example output", after),
+            ("input", query.input), ("generated", o.images["drawn"]), ("target", o.target),
         )  # fmt: skip
-        reached, possible = psnr_rgb(drawn[i], targets[i]), psnr_rgb(ceiling[i], targets[i])
+        reached, possible = (psnr_rgb(o.images[arm], o.target) for arm in ("drawn", "ceiling"))
         numbers = (("PSNR-RGB", f"{reached:.1f} dB"), ("tokenizer ceiling", f"{possible:.1f} dB"))
-        rows.append(ReportRow(q.task.replace("_", " "), caption, shown, numbers))
-    return rows, scores
+        rows.append(ReportRow(query.task.replace("_", " "), caption, pictures, numbers))
+    rows.sort(key=lambda row: [task.replace("_", " ") for task in TASKS].index(row.title))
+    return rows, scores, len(outcomes)
 
 
-def _arrays(images) -> np.ndarray:
-    return np.stack([np.asarray(image) for image in images])
-
-
-def _write(workdir: Path, model: XPrompt, rows: Sequence[ReportRow], scores: _Scores, clock: _Clock, quick: bool) -> Path:
+def _write(
+    workdir: Path, rows: Sequence[ReportRow], scores: Mapping[str, float], queries: int, clock: _Clock, quick: bool
+) -> Path:  # fmt: skip
     history = read_metrics(workdir / "run")
     trained, held_out = [m for m in history if "loss" in m], [m for m in history if "eval/loss" in m]
     curves = [Curve("training loss", [m["step"] for m in trained], [m["loss"] for m in trained])]
@@ -217,11 +194,11 @@ def _write(workdir: Path, model: XPrompt, rows: Sequence[ReportRow], scores: _Sc
         ("peak memory", f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"),
     ]
     tables = [
-        Table(f"Mean PSNR-RGB of {scores.queries} held-out queries", ("what is compared with the target", "dB"), (
-            ("generated from the right example", f"{scores.drawn:.2f}"),
-            ("generated from a wrong example (control)", f"{scores.wrong_example:.2f}"),
-            ("the input, unchanged (control)", f"{scores.copied:.2f}"),
-            ("the target through the image tokenizer (ceiling)", f"{scores.ceiling:.2f}"),
+        Table(f"Mean PSNR-RGB of {queries} held-out queries", ("what is compared with the target", "dB"), (
+            ("generated from the right example", f"{scores['drawn']:.2f}"),
+            ("generated from a wrong example (control)", f"{scores['wrong']:.2f}"),
+            ("the input, unchanged (control)", f"{scores['copied']:.2f}"),
+            ("the target through the image tokenizer (ceiling)", f"{scores['ceiling']:.2f}"),
         )),
         Table("Seconds", ("stage", "s"), tuple((name, f"{seconds:.1f}") for name, seconds in clock.stages)),
     ]  # fmt: skip
@@ -237,7 +214,7 @@ def _write(workdir: Path, model: XPrompt, rows: Sequence[ReportRow], scores: _Sc
         log.info("%s: %s", name, value)
     log.info(
         "held-out PSNR %.2f dB; wrong example %.2f, input unchanged %.2f, ceiling %.2f",
-        scores.drawn, scores.wrong_example, scores.copied, scores.ceiling,
+        scores["drawn"], scores["wrong"], scores["copied"], scores["ceiling"],
     )  # fmt: skip
     return page
 

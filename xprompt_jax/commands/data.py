@@ -21,8 +21,8 @@ class Tokenize:
       xprompt tokenize --model demo/model --out data/world --world 2000 --photos ~/Pictures
     """
 
-    model: Path
-    """Model folder whose image and text tokenizers to use."""
+    model: str
+    """Model whose image and text tokenizers to use: a folder, or org/name on the Hugging Face hub."""
     out: Path
     """The store's folder."""
     manifest: Path | None = None
@@ -54,13 +54,13 @@ class Tokenize:
             raise UserError("give one source: --manifest FILE, --inputs DIR --outputs DIR, or --world NUMBER")
         if (self.inputs is None) != (self.outputs is None):
             raise UserError("--inputs and --outputs belong together; give both")
-        from xprompt_jax.convert.native import load_tokenizers
+        from xprompt_jax.convert.formats import open_source
+        from xprompt_jax.convert.weights import load_vqgan, tokenizer_of
         from xprompt_jax.data import sources
         from xprompt_jax.data.tokenise import tokenize
 
-        if not self.model.is_dir():
-            raise UserError(f"--model {self.model}: no such folder; `xprompt demo` makes one in demo/model")
-        vqgan, tokenizer = load_tokenizers(self.model)
+        source = open_source(self.model)
+        vqgan, tokenizer = load_vqgan(source), tokenizer_of(source)
         if self.manifest is not None:
             records = sources.manifest(self.manifest, eval_fraction=self.eval_fraction)
         elif self.inputs is not None and self.outputs is not None:

@@ -25,6 +25,7 @@ from xprompt_jax.mesh import sharding_for
 from xprompt_jax.model.chameleon import Chameleon, abstract_model
 from xprompt_jax.model.params import flatten, layer_shapes, logical_axes, per_layer, stacked, unflatten
 from xprompt_jax.model.vqgan import VQGAN
+from xprompt_jax.tokens import Tokenizer
 
 VQGAN_PREFIX = "vqgan/"
 
@@ -106,6 +107,11 @@ def load_vqgan(source: Source) -> VQGAN:
     """The image tokenizer, float32: in less, codes flip."""
     like = abstract_vqgan(source.config.vq)
     return unflatten(like, {name: jnp.asarray(source.read(VQGAN_PREFIX + name).astype(np.float32)) for name in flatten(like)})
+
+
+def tokenizer_of(source: Source) -> Tokenizer:
+    """The text tokenizer of a model; words beyond its vocabulary are left out."""
+    return Tokenizer.from_file(source.tokenizer, limit=source.config.vocab_size)
 
 
 def load_decoder(source: Source, *, dtype, mesh: Mesh | None = None) -> Chameleon:

@@ -16,7 +16,7 @@ from xprompt_jax.config import ComputeConfig, ModelConfig, to_json
 from xprompt_jax.convert.adapt import Adaptation, Adapted
 from xprompt_jax.convert.formats import open_source
 from xprompt_jax.convert.native import save_folder
-from xprompt_jax.convert.weights import Source, load_decoder, load_vqgan, reader_of
+from xprompt_jax.convert.weights import load_decoder, load_vqgan, reader_of, tokenizer_of
 from xprompt_jax.sample.sampler import XPrompt
 from xprompt_jax.tokens import Tokenizer
 
@@ -45,11 +45,6 @@ def load(
     compute = compute or ComputeConfig(dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
     decoder = load_decoder(source, dtype=dtype or compute.dtype, mesh=mesh)
     return XPrompt(decoder, load_vqgan(source), tokenizer_of(source), compute=compute)
-
-
-def tokenizer_of(source: Source) -> Tokenizer:
-    """The text tokenizer of a model; words beyond its vocabulary are left out."""
-    return Tokenizer.from_file(source.tokenizer, limit=source.config.vocab_size)
 
 
 def save(model: XPrompt, folder: str | Path) -> None:

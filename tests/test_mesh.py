@@ -1,5 +1,11 @@
 """One table says where things live, and mistakes in it are refused."""
 
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +18,8 @@ from xprompt_jax.errors import UserError
 from xprompt_jax.mesh import constrain, make_mesh, report, shard_batch, sharding_for, spec, start_distributed
 from xprompt_jax.model.chameleon import abstract_model
 from xprompt_jax.model.params import flatten, logical_axes
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
@@ -102,14 +110,76 @@ def test_large_tensor_on_every_device_is_refused():
 
 
 def test_one_process_starts_alone(monkeypatch):
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"):
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
         monkeypatch.delenv(name, raising=False)
     start_distributed("off")
+    start_distributed("auto")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "")  # half-set, as in a shell inside an allocation
     start_distributed("auto")
     assert jax.process_count() == 1
 
 
-@pytest.mark.parametrize("mode", ["on", "host:1234", "host,2,0", "host:1234,two,0"])
+def joined(environment, mode="auto"):
+    """What each of two real processes sees: its index, the count, the GPUs it would drive. {i} in the environment is the index."""
+    code = (
+        "import sys, jax; from xprompt_jax.mesh import start_distributed; start_distributed(sys.argv[1]);"
+        "print(jax.process_index(), jax.process_count(), jax.config.values['jax_cuda_visible_devices'])"
+    )
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    inherited = {n: v for n, v in os.environ.items() if not n.startswith(("SLURM_", "OMPI_", "TPU_", "CUDA_"))}
+    inherited |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "JAX_COORDINATOR_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, mode.format(i=i, port=port)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=inherited | {name: value.format(i=i) for name, value in environment.items()},
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    try:
+        return [p.communicate(timeout=120)[0].splitlines()[-1] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+
+
+SLURM = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "127.0.0.1,b", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "{i}",
+}  # fmt: skip
+SHARED_NODE = SLURM | {"SLURM_STEP_NUM_NODES": "1", "SLURM_LOCALID": "{i}"}
+OPEN_MPI = {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "{i}",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "{i}",
+}  # fmt: skip
+GKE = {
+    "JAX_FORCE_TPU_INIT": "1", "TPU_WORKER_HOSTNAMES": "127.0.0.1,127.0.0.1", "TPU_WORKER_ID": "{i}",
+    "MEGASCALE_COORDINATOR_ADDRESS": "127.0.0.1", "MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("environment", "mode", "gpus"),
+    [
+        (SLURM | {"SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "0"}, "auto", ["all", "all"]),
+        (SHARED_NODE, "auto", ["0", "1"]),
+        (SHARED_NODE | {"CUDA_VISIBLE_DEVICES": "{i}"}, "auto", ["all", "all"]),  # --gpus-per-task=1: each sees its own alone
+        (SHARED_NODE, "127.0.0.1:{port},2,{i}", ["all", "all"]),
+        (OPEN_MPI, "auto", ["0", "1"]),
+        (GKE, "auto", ["all", "all"]),
+    ],
+    ids=["slurm-nodes", "slurm-one-node", "slurm-bound", "address", "open-mpi", "gke"],
+)
+def test_processes_of_a_scheduler_join(environment, mode, gpus):
+    assert joined(environment, mode) == [f"{i} 2 {seen}" for i, seen in enumerate(gpus)]
+
+
+def test_scheduler_that_keeps_the_meeting_place_is_one_line():
+    lines = joined({name: value for name, value in OPEN_MPI.items() if "orte" not in name})  # Open MPI 5
+    assert all("UserError" in line and "--distributed address:port,count,index" in line for line in lines), lines
+
+
+@pytest.mark.parametrize("mode", ["on", "host:1234", "host,2,0", "host:1234,two,0", "host:1234,2,2"])
 def test_malformed_start_is_refused(mode):
     with pytest.raises(UserError, match="--distributed"):
         start_distributed(mode)

@@ -5,6 +5,7 @@ import json
 
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 
 from tests.helpers import TINY_VQ, tiny_tokenizer
@@ -58,6 +59,18 @@ def test_every_image_is_stored_once_and_encoded_right(store, vqgan):
     for pair, record in zip(store.pairs, records(), strict=True):
         for number, picture in ((pair.input, record.input), (pair.output, record.output)):
             np.testing.assert_array_equal(store.codes[number], vqgan.encode(to_pixels(picture)[None])[0])
+
+
+def test_preprocessing_is_as_asked(vqgan, tmp_path):
+    from xprompt_jax.data.images import preprocess
+
+    picture = np.random.default_rng(0).integers(0, 256, (33, 21, 3), dtype=np.uint8)  # 25.1 long: recipes round apart
+    record = dataclasses.replace(next(iter(records())), input=picture, output=picture)
+    for recipe in ("meta", "hf"):
+        made = tokenize([record], vqgan, tiny_tokenizer(), tmp_path / recipe, recipe=recipe, progress=False)
+        want = vqgan.encode(preprocess(PIL.Image.fromarray(picture), 16, recipe)[None])[0]
+        np.testing.assert_array_equal(made.codes[0], want)
+        assert json.loads((tmp_path / recipe / "store.json").read_text())["recipe"] == recipe
 
 
 def test_another_vqgan_is_refused(store, tmp_path):

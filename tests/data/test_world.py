@@ -190,3 +190,16 @@ def test_places_keep_solids_apart():
         gap = np.linalg.norm(batch.position[:, :, None] - batch.position[:, None], axis=-1) + 10 * np.eye(6)
         reach = 1.07 * (batch.size[:, :, None] + batch.size[:, None])
         assert np.all(gap > reach)
+
+
+def test_near_and_plain_scenes():
+    """Zoom enlarges what stands in the middle; plain takes patterns away and nothing else."""
+    from xprompt_jax.data.pairs import scene_sources
+
+    far, near, plain = (scene_sources(3, 4, 32, **options) for options in ({}, {"zoom": 1.5}, {"plain": True}))
+    covered = lambda sources: np.mean([s.render.segmentation > 1 for s in sources])
+    assert covered(near) > 1.2 * covered(far)
+    for a, b in zip(far, plain, strict=True):
+        np.testing.assert_array_equal(a.render.segmentation, b.render.segmentation)
+        np.testing.assert_array_equal(a.render.depth, b.render.depth)
+        assert set(np.asarray(b.scene.material)) == {0} and int(b.scene.floor_kind) == 0

@@ -45,6 +45,8 @@ class Tokenize:
     """Folder of photographs for the tasks of --world that work on any image."""
     eval_fraction: float = 0.05
     """Held out for evaluation."""
+    recipe: Literal["meta", "hf"] = "meta"
+    """Preprocessing of images: Meta's own, or Hugging Face's, which flips some codes."""
     seed: int = 0
     """Of --world."""
 
@@ -74,7 +76,7 @@ class Tokenize:
             records = sources.world_pairs(
                 groups=self.world or 0, pairs_per_group=4, size=size, seed=self.seed, photos=photos, eval_fraction=self.eval_fraction
             )
-        store = tokenize(records, vqgan, tokenizer, self.out)
+        store = tokenize(records, vqgan, tokenizer, self.out, recipe=self.recipe)
         print(f"{self.out}: {len(store.pairs)} pairs, {len(store.codes)} images")
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from xprompt_jax.data import world
-from xprompt_jax.data.render import Render, Scene, render_batch
+from xprompt_jax.data.render import FLOOR_KINDS, MATERIALS, Render, Scene, render_batch
 from xprompt_jax.errors import UserError
 
 GENERIC = (
@@ -74,14 +74,18 @@ def photo_source(image) -> Source:
     return Source(image)
 
 
-def scene_sources(seed: int, count: int, size: int, zoom: float = 1.0) -> list[Source]:
-    """`count` rendered scenes of `size` x `size` pixels; source i depends on (seed, i, size, zoom) alone.
+def scene_sources(seed: int, count: int, size: int, *, zoom: float = 1.0, plain: bool = False) -> list[Source]:
+    """`count` rendered scenes of `size` x `size` pixels; source i depends on the other arguments and i alone.
 
     Args:
       zoom: times the focal length. Above 1, objects fill more of a small image and those at the side leave it.
+      plain: no patterns on floor or objects, which a small image tokenizer could not show anyway.
     """
     scenes = _unstack(jax.device_get(world.sample_scenes(jax.random.key(seed), _padded(count))), count)
     scenes = [scene._replace(camera=scene.camera * np.array([1, 1, zoom], np.float32)) for scene in scenes]
+    if plain:
+        matte, bare = MATERIALS.index("matte"), FLOOR_KINDS.index("plain")
+        scenes = [s._replace(material=np.full_like(s.material, matte), floor_kind=np.full_like(s.floor_kind, bare)) for s in scenes]
     return [Source(r.rgb, s, r) for s, r in zip(scenes, _render(scenes, size), strict=True)]
 
 

@@ -120,6 +120,7 @@ def photographs(folder: str | Path, size: int) -> list[np.ndarray]:
 def world_pairs(
     *, groups: int, pairs_per_group: int, size: int, seed: int = 0, tasks: Sequence[str] | None = None,
     photos: Sequence[np.ndarray] = (), photo_fraction: float = 0.3, eval_fraction: float = 0.1, zoom: float = 1.0,
+    plain: bool = False,
 ) -> Iterator[Record]:  # fmt: skip
     """Pairs made from rendered scenes and photographs. Every group is one task with parameters of its own.
 
@@ -131,6 +132,7 @@ def world_pairs(
       photos: uint8 crops; tasks that need no scene use them for `photo_fraction` of their groups.
       eval_fraction: of groups held out: their parameters, scenes and photographs are never trained on.
       zoom: of the camera; see `scene_sources`.
+      plain: scenes without patterns.
 
     Raises:
       UserError: an unknown task.
@@ -152,7 +154,7 @@ def world_pairs(
             chosen = rng.choice(len(pools[split]), pairs_per_group, replace=False)
             sources = [photo_source(pools[split][i]) for i in chosen]
         else:
-            sources = scene_sources(int(rng.integers(2**31)), pairs_per_group, size, zoom)
+            sources = scene_sources(int(rng.integers(2**31)), pairs_per_group, size, zoom=zoom, plain=plain)
         parameters = task.sample_parameters(rng)
         for pair in make_pairs(name, parameters, sources, int(rng.integers(2**31))):
             back = pair.reversed()

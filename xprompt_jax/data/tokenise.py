@@ -1,7 +1,7 @@
 """The token store: every image turned into codes once, and the tables that refer to them.
 
     store/
-      store.json     format, grid, image size, fingerprint of the VQGAN, counts
+      store.json     format, grid, image size, recipe, fingerprint of the VQGAN, counts
       codes.npy      uint16 [images, rows, columns], memory-mapped: an image is 2 KB
       pairs.jsonl    one pair a line: record numbers of its two images, texts, task, group, split
       tokenizers/    the VQGAN that made the codes, and the text tokenizer that goes with it
@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from xprompt_jax.convert.native import save_tokenizers
-from xprompt_jax.data.images import open_image, resize_center_crop, to_pixels
+from xprompt_jax.data.images import Recipe, open_image, resize_center_crop, to_pixels
 from xprompt_jax.data.sources import Record
 from xprompt_jax.errors import UserError
 from xprompt_jax.files import atomic_path
@@ -91,7 +91,7 @@ def vqgan_fingerprint(vqgan: VQGAN) -> str:
 
 def tokenize(
     records: Iterable[Record], vqgan: VQGAN, tokenizer: Tokenizer, out: str | Path,
-    *, batch: int = 32, total: int | None = None, progress: bool = True,
+    *, batch: int = 32, recipe: Recipe = "meta", total: int | None = None, progress: bool = True,
 ) -> Store:  # fmt: skip
     """Encodes all images of `records` into a store, which appears whole or not at all.
 
@@ -101,6 +101,7 @@ def tokenize(
       tokenizer: the text tokenizer; texts are stored as text, and it only travels along.
       out: folder; an existing store there is replaced.
       batch: images encoded at once.
+      recipe: of preprocessing, Meta's or Hugging Face's (data/images.py); sampling must use the same.
       total: number of records, for the progress bar.
 
     Raises:
@@ -114,11 +115,11 @@ def tokenize(
     def flush() -> None:
         if waiting:
             pixels = np.stack(waiting + [waiting[-1]] * (batch - len(waiting)))
-            codes.extend(np.asarray(encode(vqgan, to_pixels(pixels)))[: len(waiting)].astype(np.uint16))
+            codes.extend(np.asarray(encode(vqgan, to_pixels(pixels, recipe)))[: len(waiting)].astype(np.uint16))
             waiting.clear()
 
     def number(image) -> int:
-        pixels = resize_center_crop(open_image(image), size)
+        pixels = resize_center_crop(open_image(image, recipe), size, recipe)
         key = hashlib.sha256(pixels.tobytes()).digest()
         if key not in known:
             known[key] = next(numbers)
@@ -144,7 +145,8 @@ def tokenize(
             raise UserError(f"{out}: nothing to tokenize: the source has no pairs")
         np.save(temporary / "codes.npy", np.stack(codes), allow_pickle=False)
         header = {
-            "format": FORMAT, "vqgan": fingerprint, "image_size": size, "grid": vqgan.config.grid, "images": len(codes), "pairs": count,
+            "format": FORMAT, "vqgan": fingerprint, "recipe": recipe, "image_size": size, "grid": vqgan.config.grid,
+            "images": len(codes), "pairs": count,
         }  # fmt: skip
         save_tokenizers(temporary / "tokenizers", vqgan, tokenizer)
         (temporary / "store.json").write_text(json.dumps(header, indent=2))

@@ -33,32 +33,38 @@ for _name in ("absl", "orbax"):
 
 
 class Checkpoints:
-    """The checkpoints of one run; the newest `keep` are kept."""
+    """The checkpoints of one run; the newest `keep` stay, and the `keep_best` with the lowest held-out loss."""
 
-    def __init__(self, folder: str | Path, *, keep: int = 3):
+    def __init__(self, folder: str | Path, *, keep: int = 3, keep_best: int = 0):
         self.folder = Path(folder).absolute()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"{self.folder}: cannot write: {e.strerror}; choose another --workdir") from None
-        self._checkpointer = ocp.training.Checkpointer(
-            str(self.folder), preservation_policy=ocp.training.preservation_policies.LatestN(keep), cleanup_tmp_directories=True
+        policies = ocp.training.preservation_policies
+        best = policies.BestN(
+            get_metric_fn=lambda scores: scores["eval/loss"], reverse=True, n=keep_best, keep_checkpoints_without_metrics=False
         )
+        policy = policies.AnyPreservationPolicy([policies.LatestN(keep), best]) if keep_best else policies.LatestN(keep)
+        self._checkpointer = ocp.training.Checkpointer(str(self.folder), preservation_policy=policy, cleanup_tmp_directories=True)
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
         newest = self._checkpointer.latest
         return None if newest is None else int(newest.step)
 
-    def save(self, step: int, state: Any) -> None:
+    def save(self, step: int, state: Any, scores: Mapping[str, float] | None = None) -> None:
         """Starts to write a state (a pytree of arrays) in the background; waits for the save before it.
+
+        Args:
+          scores: of this state, "eval/loss" among them, where it was evaluated.
 
         Raises:
           UserError: the disk is full or cannot be written.
         """
         with _writing(self.folder):
             self._checkpointer.wait()
-            self._checkpointer.save_async(step, state, force=True, overwrite=True)
+            self._checkpointer.save_async(step, state, force=True, overwrite=True, metrics=dict(scores) if scores else None)
 
     def restore(self, step: int, like: State) -> State:
         """Loads a step into the shapes, types and shardings of `like` (a pytree of ShapeDtypeStruct)."""

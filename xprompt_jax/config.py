@@ -120,6 +120,8 @@ class MeshConfig:
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    slices: int = 1
+    """TPU slices, or GPU clusters, joined by a slower network; `data` is a multiple of it and alone crosses that network."""
 
 
 @dataclass(frozen=True)
@@ -235,14 +237,23 @@ class TrainConfig:
     """Newest checkpoints kept; older ones are removed."""
     init_from: str | None = None
     """A model folder to start from (any format that from_pretrained reads); None starts from random weights."""
+    keep_best: int = 1
+    """Checkpoints with the lowest held-out loss, kept as well (of those saved at a step that was evaluated)."""
     spike_factor: float = 0.0
-    """Stop when the loss exceeds this multiple of its running mean; 0 turns it off. A loss that is not finite always stops."""
+    """The run is broken when its loss exceeds this multiple of its running mean; 0 turns that off. One that is not finite always is."""
+    on_divergence: Literal["stop", "roll-back"] = "stop"
+    """What a broken run does: end with a message, or go back to the newest checkpoint and leave out the rows since then."""
+    samples: int = 0
+    """Held-out rows drawn at every evaluation, into samples/ and TensorBoard; runs of one process only."""
+    profile: tuple[int, int] | None = None
+    """First and last step (from 1) of a profile, written to WORKDIR/profile for TensorBoard or Perfetto."""
     wandb_project: str | None = None
 
     def __post_init__(self):
         counts = ("steps", "accumulate", "loss_chunk", "log_every", "eval_batches", "save_every", "keep")
         _check(self, "train", **dict.fromkeys(counts, (1, _ANY)), dropout=(0, 0.99), z_loss=(0, _ANY), seed=(0, _ANY),
-               eval_every=(0, _ANY), spike_factor=(0, _ANY))  # fmt: skip
+               eval_every=(0, _ANY), spike_factor=(0, _ANY),
+               keep_best=(0, _ANY), samples=(0, _ANY))  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """Where things live: the device mesh, the one table from logical axes to mesh axes, and the start of several processes.
 
-Mesh axes are data, fsdp and tensor; an axis of size 1 stays. All axes are Auto: XLA propagates shardings from parameters,
-batches and the few `constrain` calls of the model, and the same code runs on jax 0.10 to 0.12. That choice is made here
-alone.
+Mesh axes are data, fsdp and tensor; an axis of size 1 stays. Several slices (islands of fast links) split the data axis, whose one
+collective a step, the sum of the gradients, is the least traffic. All axes are Auto: XLA propagates shardings from
+parameters, batches and the few `constrain` calls of the model, and the same code runs on jax 0.10 to 0.12. That choice is
+made here alone.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import math
@@ -17,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xprompt_jax.config import MeshConfig
@@ -46,7 +48,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of a configuration; -1 takes the devices that are left.
 
     Raises:
-      UserError: more than one -1, or the sizes do not multiply to the number of devices.
+      UserError: more than one -1, the sizes do not multiply to the number of devices, or the slices are not those of the devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [config.data, config.fsdp, config.tensor]
@@ -58,7 +60,23 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if math.prod(sizes) != len(devices):
         raise UserError(f"mesh data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]} does not fit {len(devices)} devices; "
                         "change --mesh.data, --mesh.fsdp or --mesh.tensor")  # fmt: skip
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    if config.slices < 1 or sizes[0] % config.slices:
+        raise UserError(f"mesh data={sizes[0]} is not a multiple of mesh.slices {config.slices}; change --mesh.data or --mesh.slices")
+    return Mesh(_arrange(devices, sizes, config.slices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _arrange(devices: Sequence[Any], sizes: Sequence[int], slices: int) -> np.ndarray:
+    """Devices as [data, fsdp, tensor]; the slow network between slices carries the outermost steps of data alone."""
+    inside = (sizes[0] // slices, *sizes[1:])
+    # On a TPU's torus neighbours on an axis are neighbours on a ring. A torus of 8 x 8 x 4 holds 128 x 2 only if an axis may be split.
+    place = functools.partial(mesh_utils.create_device_mesh, inside, allow_split_physical_axes=True)
+    real = len({getattr(d, "slice_index", None) for d in devices})
+    if real == slices > 1:
+        return mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    if real > 1 and devices[0].platform == "tpu":
+        raise UserError(f"the devices belong to {real} TPU slices, mesh.slices is {slices}; set --mesh.slices {real}")
+    # GPUs report a slice for every host or NVLink domain, CPUs none: as many slices as asked for, of consecutive devices.
+    return np.concatenate([place(list(group)) for group in np.split(np.asarray(devices, object), slices)])
 
 
 def spec(*logical: str | None) -> PartitionSpec:

@@ -6,21 +6,25 @@ The glue between data/, train/ and sample/, which do not know each other.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from xprompt_jax.config import Config
 from xprompt_jax.convert.native import load_tokenizers
-from xprompt_jax.data.pipeline import batches
-from xprompt_jax.data.tokenise import Store
+from xprompt_jax.data.images import save_png
+from xprompt_jax.data.pipeline import Rows
+from xprompt_jax.data.tokenise import Pair, Store
 from xprompt_jax.errors import UserError
+from xprompt_jax.mesh import make_mesh
 from xprompt_jax.model.chameleon import abstract_model
 from xprompt_jax.model.params import flatten, unflatten
 from xprompt_jax.prompt import Prompter
 from xprompt_jax.sample.pretrained import load
-from xprompt_jax.sample.sampler import XPrompt
+from xprompt_jax.sample.sampler import Example, XPrompt
 from xprompt_jax.tokens import Layout
 from xprompt_jax.train.loop import train
 from xprompt_jax.train.optim import merge
@@ -46,22 +50,60 @@ def run_training(config: Config, workdir: str | Path, *, progress: bool = True) 
         raise UserError(f"model.vocab_size {config.model.vocab_size} is below the tokenizer's {tokenizer.vocab.size} words; raise it")
     prompter = Prompter(tokenizer, Layout(config.model.layout, tokenizer.vocab, config.model.vq.downsample))
     host = jax.process_index(), jax.process_count()
-    source = lambda split: batches(store, prompter, config.data, config.model.num_xp_tokens, split=split, host=host)
+    source = lambda split: Rows(store, prompter, config.data, config.model.num_xp_tokens, split=split, host=host)
+    rows = source("train")
     held_out = any(pair.split == "eval" for pair in store.pairs) and config.train.eval_every > 0
 
     initial = None
     if config.train.init_from and not (Path(workdir) / "checkpoints").exists():
-        start = load(config.train.init_from, dtype=jnp.float32, num_xp_tokens=config.model.num_xp_tokens)
+        start = load(
+            config.train.init_from, dtype=jnp.float32, mesh=make_mesh(config.mesh), num_xp_tokens=config.model.num_xp_tokens
+        )  # fmt: skip
         if start.config != config.model:
             raise UserError(f"{config.train.init_from} has another architecture than `model` in the config; use its config.json's values")
         initial = flatten(start.decoder)
-    state = train(config, workdir, source("train"), eval_data=source("eval") if held_out else None, initial=initial, progress=progress)
+    draw = None
+    if config.train.samples and held_out:
+        if jax.process_count() > 1:
+            raise UserError("train.samples draws in runs of one process only; set --train.samples 0 and use `xprompt eval`")
+        draw = _sampler(config, Path(workdir), store, lambda state: XPrompt(decoder_of(config, state), vqgan, tokenizer))
+    state = train(
+        config, workdir, rows, eval_data=source("eval") if held_out else None, initial=initial, names=rows.names, on_eval=draw,
+        progress=progress,
+    )  # fmt: skip
     if int(state.step) < config.train.steps:
         return None
     model = XPrompt(decoder_of(config, state), vqgan, tokenizer)
     model.save_pretrained(Path(workdir) / "model")
     log.info("model written to %s", Path(workdir) / "model")
     return model
+
+
+def _sampler(config: Config, workdir: Path, store: Store, model_of: Callable[[TrainState], XPrompt]):
+    """Draws the same few held-out pairs after every evaluation: rows of example, input, drawn, target as one picture."""
+    groups: dict[str, list[Pair]] = {}
+    for pair in store.pairs:
+        if pair.split == "eval":
+            groups.setdefault(pair.group, []).append(pair)
+    chosen = [group[:2] for group in groups.values() if len(group) > 1][: config.train.samples]
+    if not chosen:
+        raise UserError(f"train.samples: no group of {config.data.store} has two held-out pairs, an example and a query; set it to 0")
+    code = lambda number: store.codes[number].astype(np.int32)
+
+    def draw(step: int, state: TrainState) -> np.ndarray:
+        model = model_of(state)
+        tasks = [model.compile([Example(code(e.input), code(e.output), e.instruction)]) for e, _ in chosen]
+        drawn = model.generate(tasks, [code(query.input) for _, query in chosen], seed=config.train.seed)
+        strips = []
+        for (example, query), image in zip(chosen, drawn, strict=True):
+            shown = [np.asarray(p) for p in model.decode_images(np.stack([code(example.input), code(example.output), code(query.input)]))]
+            target = np.asarray(model.decode_images(code(query.output)[None])[0])
+            strips.append(np.concatenate([*shown, np.asarray(image), target], axis=1))
+        picture = np.concatenate(strips)
+        save_png(picture, workdir / "samples" / f"{step:07d}.png")
+        return picture
+
+    return draw
 
 
 def decoder_of(config: Config, state: TrainState):

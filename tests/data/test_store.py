@@ -11,13 +11,14 @@ import pytest
 from tests.helpers import TINY_VQ, tiny_tokenizer
 from xprompt_jax.config import BucketConfig, DataConfig
 from xprompt_jax.data.images import save_png
-from xprompt_jax.data.pipeline import GENERIC_INSTRUCTIONS, Episodes, batches, padding
+from xprompt_jax.data.pipeline import GENERIC_INSTRUCTIONS, Episodes, Rows
 from xprompt_jax.data.sources import Record, manifest, paired_folders, world_pairs
 from xprompt_jax.data.tokenise import Store, tokenize
 from xprompt_jax.errors import UserError
 from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.prompt import DESCRIBE_QUESTION, Prompter, SlotShape
 from xprompt_jax.tokens import Layout
+from xprompt_jax.train.metrics import padding_fraction
 
 PROMPTER = Prompter(tiny_tokenizer(), Layout("plain", tiny_tokenizer().vocab, 4))
 BUCKETS = (
@@ -101,24 +102,38 @@ def rows_of(batch):
 
 
 def test_a_step_is_the_same_rows_on_any_number_of_hosts(store):
-    whole = batches(store, PROMPTER, CONFIG, 3)
+    whole = Rows(store, PROMPTER, CONFIG, 3)
     for step in (0, 7, 100):
         for hosts in (2, 4):
-            parts = [batches(store, PROMPTER, CONFIG, 3, host=(i, hosts))(step) for i in range(hosts)]
+            parts = [Rows(store, PROMPTER, CONFIG, 3, host=(i, hosts))(step) for i in range(hosts)]
             together = {name: {k: np.concatenate([p[name][k] for p in parts]) for k in whole(step)[name]} for name in whole(step)}
             assert rows_of(together) == rows_of(whole(step))
-    again = batches(store, PROMPTER, CONFIG, 3)
+    again = Rows(store, PROMPTER, CONFIG, 3)
     for name, batch in again(7).items():  # asked for out of order, from a new object: a function of the step
         for field, value in batch.items():
             np.testing.assert_array_equal(value, whole(7)[name][field])
     assert rows_of(whole(0)) != rows_of(whole(1))
-    other = batches(store, PROMPTER, dataclasses.replace(CONFIG, seed=4), 3)
+    other = Rows(store, PROMPTER, dataclasses.replace(CONFIG, seed=4), 3)
     assert rows_of(other(0)) != rows_of(whole(0))
+
+
+def test_rows_have_names(store):
+    """The name of row r of a step is the pair whose input image stands in that row's task."""
+    rows = Rows(store, PROMPTER, dataclasses.replace(CONFIG, buckets=BUCKETS[:1], reverse=False), 3)
+    vocab = PROMPTER.vocab
+    for step in (0, 5):
+        for ids, name in zip(rows(step)["in_context"]["ids"], rows.names(step), strict=True):
+            bucket, group, _, number = name.split()
+            pair = store.pairs[int(number) - 1]
+            assert bucket == "in_context" and group == pair.group
+            codes = ids[(ids >= vocab.image_start) & (ids < vocab.image_start + vocab.num_codes)] - vocab.image_start
+            np.testing.assert_array_equal(codes[-32:-16], store.codes[pair.input].reshape(-1))
+            np.testing.assert_array_equal(codes[-16:], store.codes[pair.output].reshape(-1))
 
 
 def test_epochs_see_every_episode(store):
     config = dataclasses.replace(CONFIG, generic_instruction=0.0, buckets=(dataclasses.replace(BUCKETS[2], rows=8),))
-    source = batches(store, PROMPTER, config, 3)  # 8 training captions: one step is one epoch
+    source = Rows(store, PROMPTER, config, 3)  # 8 training captions: one step is one epoch
     texts = [sorted(map(bytes, source(step)["text"]["ids"])) for step in range(3)]
     assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 8
 
@@ -176,16 +191,16 @@ def test_descriptions_stand_after_the_pair(store):
 
 def test_dropped_examples_are_empty(store):
     config = dataclasses.replace(CONFIG, drop_example=1.0)
-    assert (batches(store, PROMPTER, config, 3)(0)["in_context"]["example_lengths"] == 0).all()
+    assert (Rows(store, PROMPTER, config, 3)(0)["in_context"]["example_lengths"] == 0).all()
 
 
 @pytest.mark.parametrize("mode", ["causal", "none"])
 def test_ablation_modes_fill_their_shapes(store, mode):
     config = dataclasses.replace(CONFIG, mode=mode, buckets=BUCKETS[:1])
-    batch = batches(store, PROMPTER, config, 3)(0)["in_context"]
+    batch = Rows(store, PROMPTER, config, 3)(0)["in_context"]
     shape = SlotShape.of(BUCKETS[0], 3, mode)
     assert batch["ids"].shape == (8, shape.length) and batch["example_lengths"].shape == (8, 0)
-    assert 0 < padding(batch, shape) < 0.9
+    assert 0 < padding_fraction({"in_context": batch}) < 0.9
 
 
 def test_what_does_not_fit_is_left_out_whole(store, caplog):
@@ -194,7 +209,7 @@ def test_what_does_not_fit_is_left_out_whole(store, caplog):
         Episodes(store, PROMPTER, CONFIG, short, 3, "train")
     assert "8 of 8 pairs are too long" in caplog.text
     with pytest.raises(UserError, match="do not divide over 3 hosts"):
-        batches(store, PROMPTER, CONFIG, 3, host=(0, 3))
+        Rows(store, PROMPTER, CONFIG, 3, host=(0, 3))
 
 
 def test_paired_folders(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -14,7 +15,7 @@ from tests.helpers import FP32, TINY, random_rows
 from xprompt_jax.config import BucketConfig, Config, DataConfig, MeshConfig, OptimConfig, TrainConfig
 from xprompt_jax.errors import UserError
 from xprompt_jax.mesh import make_mesh, shard_batch
-from xprompt_jax.prompt import stack
+from xprompt_jax.prompt import Role, stack
 from xprompt_jax.train.loop import train
 from xprompt_jax.train.loss import cross_entropy, gather_answers
 from xprompt_jax.train.metrics import attention_pairs, read_metrics, row_flops
@@ -218,9 +219,72 @@ def test_another_model_is_not_resumed(tmp_path):
 
 def test_divergence_stops_the_run_and_is_not_saved(tmp_path):
     config = replace(optim={"learning_rate": 1e30, "warmup_steps": 0}, train={"steps": 6})
-    with pytest.raises(UserError, match="diverged"):
-        train(config, tmp_path, data, progress=False)
+    with pytest.raises(UserError, match=r"step 2: .*its rows: row 1-0, row 1-1\. The run has diverged"):
+        train(config, tmp_path, data, names=lambda step: [f"row {step}-0", f"row {step}-1"], progress=False)
     assert read_metrics(tmp_path)[0]["step"] == 1
+    assert not list((tmp_path / "checkpoints").glob("[4-9]"))
+
+
+def broken_at(bad, calls=None):
+    """The usual rows, with one step's weights beyond all numbers."""
+
+    def source(step):
+        if calls is not None:
+            calls.append(step)
+        rows = data(step)
+        if step in bad:
+            rows["in_context"] = rows["in_context"] | {"weights": np.full_like(rows["in_context"]["weights"], np.inf)}
+        return rows
+
+    return source
+
+
+def test_a_broken_run_goes_back_and_leaves_the_rows_out(tmp_path):
+    """Rolled back, then stopped and resumed, it is bitwise the run that never met those rows."""
+    config = replace(train={"steps": 9, "on_divergence": "roll-back", "keep": 9})
+    around = train(config, tmp_path / "around", lambda step: data(step if step < 4 else step + 2), progress=False)
+    met = train(config, tmp_path / "met", broken_at({5}), progress=False)
+    assert json.loads((tmp_path / "met/left_out.json").read_text()) == [{"from": 4, "steps": 2}]
+    for a, b in zip(jax.tree.leaves(around), jax.tree.leaves(met), strict=True):
+        np.testing.assert_array_equal(a, b)
+    told = lambda name: [(m["step"], m["loss"]) for m in read_metrics(tmp_path / name) if "loss" in m]
+    assert told("met") == told("around")
+
+    shutil.rmtree(tmp_path / "met/checkpoints/9")
+    shutil.rmtree(tmp_path / "met/checkpoints/8")
+    again = train(config, tmp_path / "met", broken_at({5}), progress=False)
+    for a, b in zip(jax.tree.leaves(around), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_going_back_ends_somewhere(tmp_path):
+    config = replace(train={"steps": 9, "on_divergence": "roll-back"})
+    with pytest.raises(UserError, match=r"step 2: loss .* no checkpoint to go back to"):
+        train(config, tmp_path / "early", broken_at({1}), progress=False)
+    with pytest.raises(UserError, match="Rolled back 5 times already"):
+        train(config, tmp_path / "often", broken_at(set(range(3, 99))), progress=False)
+
+
+def test_the_best_checkpoint_stays(tmp_path):
+    config = replace(optim={"learning_rate": 1e-2}, train={"steps": 10, "eval_every": 2, "save_every": 2, "keep": 1, "eval_batches": 1})
+    train(config, tmp_path, data, eval_data=data, progress=False)
+    held_out = {m["step"]: m["eval/loss"] for m in read_metrics(tmp_path) if "eval/loss" in m}
+    best = min(held_out, key=held_out.get)
+    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    assert kept == sorted({best, 10})
+
+
+def test_a_profile_of_the_named_steps(tmp_path):
+    train(replace(train={"profile": (2, 3)}), tmp_path, data, progress=False)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_padding_is_told(tmp_path):
+    train(replace(train={"steps": 1}), tmp_path, data, progress=False)
+    shapes, config = shapes_of(CONFIG), CONFIG.data
+    rows = [row for i, b in enumerate(config.buckets) for row in random_rows(i, shapes[b.name], b.rows)]
+    empty = sum(int((row.roles == Role.PAD).sum()) for row in rows)
+    assert read_metrics(tmp_path)[0]["padding"] == pytest.approx(empty / sum(len(row.roles) for row in rows))
 
 
 def test_rows_must_divide_over_devices():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import grain
 import numpy as np
@@ -35,10 +35,8 @@ NO_TOKENS = np.zeros(0, np.int32)
 Batches = Mapping[str, dict[str, np.ndarray]]
 
 
-def batches(
-    store: Store, prompter: Prompter, config: DataConfig, num_xp: int, *, split: str = "train", host: tuple[int, int] = (0, 1)
-) -> Callable[[int], Batches]:
-    """Step -> this host's rows of every bucket.
+class Rows:
+    """This host's rows of every bucket, by step.
 
     Args:
       store: the tokens.
@@ -51,20 +49,38 @@ def batches(
     Raises:
       UserError: a bucket finds no pair in the store, or its rows do not divide over the hosts.
     """
-    sources = {b.name: _bucket(store, prompter, config, b, num_xp, split, i, host) for i, b in enumerate(config.buckets)}
-    return lambda step: {name: source[step] for name, source in sources.items()}
 
+    def __init__(
+        self, store: Store, prompter: Prompter, config: DataConfig, num_xp: int, *, split: str = "train", host: tuple[int, int] = (0, 1)
+    ):
+        index, count = host
+        self._store, self._buckets = store, config.buckets
+        self._episodes, self._order, self._batches = {}, {}, {}
+        for number, bucket in enumerate(config.buckets):
+            if bucket.rows % count:
+                raise UserError(f"bucket {bucket.name!r}: {bucket.rows} rows do not divide over {count} hosts")
+            episodes = Episodes(store, prompter, config, bucket, num_xp, split)
+            # Seeds differ by bucket and split; Grain hands every global row its own generator before hosts take their share.
+            seed = int(np.random.SeedSequence([config.seed, number, split == "train"]).generate_state(1)[0])
+            order = grain.MapDataset.range(len(episodes)).shuffle(seed=seed).repeat()
+            rows = order.random_map(lambda i, rng, episodes=episodes: episodes.slots(i, rng), seed=seed)
+            join = lambda rows, bucket=bucket: stack(rows, bucket.answer)
+            self._episodes[bucket.name], self._order[bucket.name] = episodes, order
+            self._batches[bucket.name] = rows[index::count].batch(bucket.rows // count, batch_fn=join)
 
-def _bucket(store, prompter, config: DataConfig, bucket: BucketConfig, num_xp, split, number, host) -> grain.MapDataset:
-    index, count = host
-    if bucket.rows % count:
-        raise UserError(f"bucket {bucket.name!r}: {bucket.rows} rows do not divide over {count} hosts")
-    episodes = Episodes(store, prompter, config, bucket, num_xp, split)
-    # Seeds differ by bucket and split; Grain hands every global row its own generator before hosts take their share.
-    seed = int(np.random.SeedSequence([config.seed, number, split == "train"]).generate_state(1)[0])
-    rows = grain.MapDataset.range(len(episodes)).shuffle(seed=seed).repeat()
-    rows = rows.random_map(lambda i, rng: episodes.slots(i, rng), seed=seed)
-    return rows[index::count].batch(bucket.rows // count, batch_fn=lambda rows: stack(rows, bucket.answer))
+    def __call__(self, step: int) -> Batches:
+        """Batch `step` of every bucket."""
+        return {name: rows[step] for name, rows in self._batches.items()}
+
+    def names(self, step: int) -> list[str]:
+        """What all hosts' rows of a step are: bucket, group and line of the store's pairs.jsonl, for messages."""
+        found = []
+        for bucket in self._buckets:
+            episodes, order = self._episodes[bucket.name], self._order[bucket.name]
+            for row in range(bucket.rows):
+                number, reverse = episodes.specs[order[step * bucket.rows + row]]
+                found.append(f"{bucket.name} {self._store.pairs[number].group} pair {number + 1}{' reversed' if reverse else ''}")
+        return found
 
 
 class Episodes:
@@ -159,9 +175,3 @@ class Episodes:
 
 def _instruction(pair: Pair, reverse: bool) -> str:
     return pair.reverse_instruction if reverse else pair.instruction
-
-
-def padding(batch: Mapping[str, np.ndarray], shape: SlotShape) -> float:
-    """Fraction of a batch's slots that hold nothing. Positions are 0 on padding and on the SINK alone."""
-    filled = np.count_nonzero(batch["positions"]) + len(batch["positions"])
-    return 1.0 - filled / (len(batch["positions"]) * shape.length)

@@ -38,7 +38,7 @@ from xprompt_jax.tokens import Layout, Tokenizer
 
 log = logging.getLogger(__name__)
 
-ImageLike = Any  # a PIL image, a path, or a uint8 array [height, width, 3]
+ImageLike = Any  # a PIL image, a path, a uint8 array [height, width, 3], or codes of the model's VQGAN, int32 [grid, grid]
 
 MAX_BATCH = 16
 """Images drawn at once; more are drawn in turns."""
@@ -118,13 +118,17 @@ class XPrompt:
     def encode_images(self, images: Sequence[ImageLike], recipe: Recipe = "meta") -> np.ndarray:
         """Images -> int32 [n, grid, grid] codes, after the recipe's resize and centre crop (data/images.py).
 
-        One image at a time: memory does not grow with their number, and no code depends on the other images.
+        One image at a time: memory does not grow with their number, and no code depends on the other images. What is codes
+        already (int32 [grid, grid]) is passed through.
 
         Raises:
           UserError: an image cannot be read, or the recipe is unknown.
         """
         codes = np.zeros((len(images), self.config.vq.grid, self.config.vq.grid), np.int32)
         for i, image in enumerate(images):
+            if self._is_codes(image):
+                codes[i] = image
+                continue
             pixels = preprocess(open_image(image, recipe), self.config.vq.image_size, recipe)
             codes[i] = np.asarray(self._encode(self.vqgan, pixels[None]))[0]
         return codes
@@ -140,6 +144,13 @@ class XPrompt:
             raise UserError(f"decode_images: codes must be int [n, rows, columns] in 0..{num_codes - 1}, not vocabulary ids")
         return [PIL.Image.fromarray(postprocess(np.asarray(self._decode(self.vqgan, c[None]))[0])) for c in codes]
 
+    def _is_codes(self, image: ImageLike) -> bool:
+        grid = self.config.vq.grid
+        return isinstance(image, np.ndarray) and image.dtype == np.int32 and image.shape == (grid, grid)
+
+    def _open(self, image: ImageLike) -> PIL.Image.Image:
+        return self.decode_images(image[None])[0] if self._is_codes(image) else open_image(image)
+
     # --- examples
 
     def compile(self, examples: Sequence[Example]) -> CompiledPrompt:
@@ -154,7 +165,7 @@ class XPrompt:
         tokens = [self.prompter.example(e.instruction, codes[2 * i], codes[2 * i + 1]) for i, e in enumerate(examples)]
         return dataclasses.replace(
             self._compile_tokens(tokens), instruction=examples[0].instruction,
-            thumbnails=tuple(thumbnail(open_image(e.input), open_image(e.output)) for e in examples),
+            thumbnails=tuple(thumbnail(self._open(e.input), self._open(e.output)) for e in examples),
         )  # fmt: skip
 
     def _compile_tokens(self, examples: Sequence[np.ndarray]) -> CompiledPrompt:

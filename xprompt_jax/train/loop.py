@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
-import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,20 +30,25 @@ from xprompt_jax.files import atomic_path
 from xprompt_jax.mesh import AnyProcess, make_mesh, report, shard_batch
 from xprompt_jax.model.chameleon import abstract_model
 from xprompt_jax.model.params import flatten, logical_axes
-from xprompt_jax.train.metrics import MetricWriter, peak_flops, step_flops
+from xprompt_jax.train.metrics import MetricWriter, padding_fraction
 from xprompt_jax.train.optim import Params, make_optimizer, split_trainable
 from xprompt_jax.train.state import TrainState, abstract_state, init_state
 from xprompt_jax.train.step import make_eval_step, make_train_step
+from xprompt_jax.train.watch import Diverged, Watch
 
 log = logging.getLogger(__name__)
 
 BatchSource = Callable[[int], Mapping[str, Mapping[str, np.ndarray]]]
 """Step -> this host's rows of every bucket."""
 
+MAX_ROLLBACKS = 5
+"""A run that breaks more often than this has another problem than its data."""
+
 
 def train(
-    config: Config, workdir: str | Path, data: BatchSource, *, eval_data: BatchSource | None = None,
-    initial: Params | None = None, on_eval: Callable[[int, TrainState], None] | None = None, progress: bool = True,
+    config: Config, workdir: str | Path, data: BatchSource, *, eval_data: BatchSource | None = None, initial: Params | None = None,
+    names: Callable[[int], Sequence[str]] | None = None, on_eval: Callable[[int, TrainState], Any] | None = None,
+    progress: bool = True,
 ) -> TrainState:  # fmt: skip
     """Trains until `config.train.steps`, from the newest checkpoint in `workdir` if there is one.
 
@@ -52,13 +58,15 @@ def train(
       data: training rows by step.
       eval_data: held-out rows by batch number.
       initial: decoder parameters to start from; None draws random ones. Not used when a checkpoint is there.
-      on_eval: called after each evaluation, for pictures.
+      names: what the rows of a step are, for the message when it breaks.
+      on_eval: called after each evaluation; a uint8 [h, w, 3] picture that it returns goes to TensorBoard.
 
     Returns:
       The last state. If the run was told to stop, its `step` is below `config.train.steps`.
 
     Raises:
-      UserError: the folder holds a run of another model, or cannot be written; the loss is not finite or jumped.
+      UserError: the folder holds a run of another model, or cannot be written; the loss is not finite or jumped, and
+        `train.on_divergence` says stop, or there is nothing to go back to.
     """
     workdir = Path(workdir)
     _claim(workdir, config)
@@ -68,111 +76,169 @@ def train(
     trainable, _ = jax.eval_shape(lambda p: split_trainable(p, config), model)
     log.info("parameters:\n%s", report(model, logical_axes, mesh, {name.removesuffix(".image") for name in trainable}))
 
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep, keep_best=config.train.keep_best)
     abstract = abstract_state(config, optimizer, mesh)
-    start, state = checkpoints.restore_newest(abstract) or (0, None)
+    step, state = checkpoints.restore_newest(abstract) or (0, None)
     if state is None:
         state = init_state(config, optimizer, mesh, initial)
     else:
-        log.info("resumed from step %d of %s", start, workdir)
+        log.info("resumed from step %d of %s", step, workdir)
 
-    writer = MetricWriter(workdir, resume_step=start, wandb_project=config.train.wandb_project, run_config=dataclasses.asdict(config))
+    writer = MetricWriter(workdir, resume_step=step, wandb_project=config.train.wandb_project, run_config=dataclasses.asdict(config))
     train_step = make_train_step(config, optimizer, jax.tree.map(lambda a: a.sharding, abstract))
     eval_step = make_eval_step(config)
-    watch = _Watch(config, writer)
-    stop = AnyProcess(mesh)
+    watch, left_out, trace = Watch(config, writer), _LeftOut(workdir), _Trace(config, workdir)
+    total, stop = config.train.steps, AnyProcess(mesh)
     with (
         jax.set_mesh(mesh), _stop_signals() as told_to_stop, contextlib.closing(checkpoints), contextlib.closing(writer),
-        ThreadPoolExecutor(1) as ahead, tqdm(total=config.train.steps, initial=start, unit="step", disable=not progress) as bar,
+        _Ahead(lambda step: _placed(data(left_out.index(step)), mesh), total) as ahead,
+        tqdm(total=total, initial=step, unit="step", disable=not progress) as bar, trace,
     ):  # fmt: skip
-        fetch = lambda step: shard_batch(data(step), mesh)
-        upcoming = ahead.submit(fetch, start)
-        for step in range(start, config.train.steps):
-            waited = time.perf_counter()
-            batches = upcoming.result()
-            waited = time.perf_counter() - waited
-            if step + 1 < config.train.steps:
-                upcoming = ahead.submit(fetch, step + 1)
-
+        while step < total:
+            batches, padding, waited = ahead.take(step)
+            trace.before(step)
             with jax.transfer_guard("disallow"):  # nothing but the batch crosses to the device, and that is there
                 state, metrics = train_step(state, batches)
+            trace.after(step, state)
             stop.post(told_to_stop())
 
-            watch.finish_previous(bar)
-            watch.started(step + 1, metrics, waited)
             done = step + 1
-            if eval_data and config.train.eval_every and (done % config.train.eval_every == 0 or done == config.train.steps):
+            evaluates = bool(eval_data and config.train.eval_every) and (done % max(config.train.eval_every, 1) == 0 or done == total)
+            saves = done % config.train.save_every == 0 or done == total or stop.up()
+            try:
                 watch.finish_previous(bar)
-                _evaluate(config, done, state, eval_step, eval_data, mesh, writer)
-                if on_eval:
-                    on_eval(done, state)
-            if done % config.train.save_every == 0 or done == config.train.steps or stop.up():
-                watch.finish_previous(bar)  # a loss that is not finite must not be saved
-                checkpoints.save(done, state)
+                watch.started(done, metrics, waited, padding)
+                if evaluates or saves:
+                    watch.finish_previous(bar)  # a broken state is neither scored nor saved
+            except Diverged as broken:
+                step, state = _go_back(config, broken, checkpoints, abstract, left_out, names)
+                ahead.forget()
+                writer.go_back(step)
+                bar.update(step - bar.n)
+                continue
+            scores = None
+            if evaluates and eval_data:
+                scores = _evaluate(config, done, state, eval_step, eval_data, mesh, writer)
+                picture = on_eval(done, state) if on_eval else None
+                if picture is not None:
+                    writer.image(done, "samples", picture)
+            if saves:
+                checkpoints.save(done, state, scores)
             bar.update()
+            step = done
             if stop.up():
-                log.warning("stopped at step %d of %d; the same command goes on from there (%s)", done, config.train.steps, workdir)
+                log.warning("stopped at step %d of %d; the same command goes on from there (%s)", done, total, workdir)
                 break
-        watch.finish_previous(bar)
     return state
 
 
-class _Watch:
-    """Reads each step's metrics when the next one is already running; writes them; stops a run that broke."""
-
-    def __init__(self, config: Config, writer: MetricWriter):
-        self.config, self.writer = config, writer
-        self.flops, self.peak = step_flops(config), peak_flops()
-        self.pending: tuple | None = None
-        self.mean_loss: float | None = None
-        self.time, self.steps, self.waited, self.tokens = time.perf_counter(), 0, 0.0, 0.0
-
-    def started(self, step: int, metrics: Mapping[str, jax.Array], waited: float) -> None:
-        self.pending = step, metrics, waited
-
-    def finish_previous(self, bar: tqdm) -> None:
-        if self.pending is None:
-            return
-        step, metrics, waited = self.pending
-        self.pending = None
-        values = {name: float(v) for name, v in jax.device_get(dict(metrics)).items()}
-        self._check(step, values)
-        self.steps, self.waited, self.tokens = self.steps + 1, self.waited + waited, self.tokens + values["tokens"]
-        bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
-        if step % self.config.train.log_every and step not in (1, self.config.train.steps):
-            return
-        now = time.perf_counter()
-        seconds = (now - self.time) / self.steps
-        values |= {
-            "seconds_per_step": seconds,
-            "answer_tokens_per_second": self.tokens / (now - self.time),
-            "data_wait": self.waited / (now - self.time),
-        }
-        memory = jax.local_devices()[0].memory_stats() or {}  # a CPU has none
-        if "peak_bytes_in_use" in memory:
-            values["peak_device_gib"] = memory["peak_bytes_in_use"] / 2**30
-        if self.peak:
-            values["mfu"] = self.flops / seconds / (self.peak * jax.device_count())
-        self.writer.scalars(step, values)
-        self.time, self.steps, self.waited, self.tokens = now, 0, 0.0, 0.0
-
-    def _check(self, step: int, values: Mapping[str, float]) -> None:
-        loss, factor = values["loss"], self.config.train.spike_factor
-        if not math.isfinite(loss) or not math.isfinite(values["grad_norm"]):
-            raise UserError(f"step {step}: loss {loss}, gradient norm {values['grad_norm']}: the run has diverged and nothing after the "
-                            "last checkpoint was saved; lower --optim.learning-rate or lengthen --optim.warmup-steps")  # fmt: skip
-        if factor and self.mean_loss is not None and loss > factor * self.mean_loss:
-            raise UserError(f"step {step}: loss {loss:.3f} is more than {factor} times its running mean {self.mean_loss:.3f}; look at "
-                            "the rows of this step, or raise --train.spike-factor")  # fmt: skip
-        self.mean_loss = loss if self.mean_loss is None else 0.95 * self.mean_loss + 0.05 * loss
+def _placed(batch, mesh):
+    return shard_batch(batch, mesh), padding_fraction(batch)
 
 
-def _evaluate(config, step, state, eval_step, eval_data, mesh, writer) -> None:
+class _Ahead:
+    """Makes the next batch while a step runs."""
+
+    def __init__(self, make: Callable[[int], tuple], total: int):
+        self._make, self._total = make, total
+        self._pool = ThreadPoolExecutor(1)
+        self._next: tuple[int, Future] | None = None
+
+    def take(self, step: int) -> tuple[Any, float, float]:
+        """(batch, its padding, seconds waited for it); starts to make the one after it."""
+        start = time.perf_counter()
+        future = self._next[1] if self._next and self._next[0] == step else self._pool.submit(self._make, step)
+        batch, padding = future.result()
+        waited = time.perf_counter() - start
+        self._next = (step + 1, self._pool.submit(self._make, step + 1)) if step + 1 < self._total else None
+        return batch, padding, waited
+
+    def forget(self) -> None:
+        """The batch that is being made is not wanted any more."""
+        self._next = None
+
+    def __enter__(self) -> _Ahead:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._pool.shutdown()
+
+
+class _LeftOut:
+    """Rows that a run went around after it broke: WORKDIR/left_out.json, so that a resumed run does the same."""
+
+    def __init__(self, workdir: Path):
+        self._path = workdir / "left_out.json"
+        self.spans: list[dict[str, int]] = json.loads(self._path.read_text()) if self._path.exists() else []
+
+    def index(self, step: int) -> int:
+        """Which rows step `step` trains on."""
+        return step + sum(span["steps"] for span in self.spans if span["from"] <= step)
+
+    def add(self, first: int, steps: int) -> None:
+        """From step `first` on, the next `steps` steps' rows are left out."""
+        self.spans.append({"from": first, "steps": steps})
+        if jax.process_index() == 0:
+            with atomic_path(self._path) as temporary:
+                temporary.write_text(json.dumps(self.spans))
+
+
+def _go_back(config: Config, broken: Diverged, checkpoints: Checkpoints, abstract, left_out: _LeftOut, names) -> tuple[int, TrainState]:
+    """The newest checkpoint, with the rows from there to the broken step left out; or the end of the run."""
+    rows = names(left_out.index(broken.step - 1)) if names else []
+    told = f"{broken}" + (f"; its rows: {', '.join(rows[:8])}{', ...' if len(rows) > 8 else ''}" if rows else "")
+    if config.train.on_divergence == "stop":
+        raise UserError(f"{told}. The run has diverged, and nothing after the last checkpoint was saved; lower --optim.learning-rate, "
+                        "lengthen --optim.warmup-steps, or leave such rows out with --train.on-divergence roll-back")  # fmt: skip
+    if len(left_out.spans) == MAX_ROLLBACKS:
+        raise UserError(f"{told}. Rolled back {MAX_ROLLBACKS} times already; lower --optim.learning-rate")
+    checkpoints.wait()
+    found = checkpoints.restore_newest(abstract)
+    if found is None:
+        raise UserError(f"{told}. There is no checkpoint to go back to; lower --optim.learning-rate or --train.save-every")
+    step, state = found
+    left_out.add(step, broken.step - step)
+    log.warning("%s; back to step %d, leaving out the rows of %d steps", told, step, broken.step - step)
+    return step, state
+
+
+class _Trace:
+    """Writes a profile of the steps `train.profile` into WORKDIR/profile."""
+
+    def __init__(self, config: Config, workdir: Path):
+        self._first, self._last = config.train.profile or (0, 0)
+        self._folder, self._on = workdir / "profile", False
+
+    def before(self, step: int) -> None:
+        if step + 1 == self._first:
+            jax.profiler.start_trace(str(self._folder))
+            self._on = True
+
+    def after(self, step: int, state: TrainState) -> None:
+        if self._on and step + 1 >= self._last:
+            jax.block_until_ready(state)
+            self._stop()
+
+    def _stop(self) -> None:
+        jax.profiler.stop_trace()
+        self._on = False
+        log.info("profile written to %s", self._folder)
+
+    def __enter__(self) -> _Trace:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._on:
+            self._stop()
+
+
+def _evaluate(config, step, state, eval_step, eval_data, mesh, writer) -> dict[str, float]:
     results = [jax.device_get(eval_step(state, shard_batch(eval_data(i), mesh))) for i in range(config.train.eval_batches)]
     weights = np.array([r["tokens"] for r in results])
     mean = {f"eval/{n}": float(np.average([r[n] for r in results], weights=weights)) for n in results[0] if n != "tokens"}
     writer.scalars(step, mean)
     log.info("step %d: held-out loss %.3f, accuracy %.3f", step, mean["eval/loss"], mean["eval/accuracy"])
+    return mean
 
 
 def _claim(workdir: Path, config: Config) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import tensorboardX
 
 from xprompt_jax.config import Config, ModelConfig
@@ -56,6 +57,13 @@ def step_flops(config: Config) -> float:
     return sum(b.rows * row_flops(config.model, shapes[b.name], b.answer) for b in config.data.buckets)
 
 
+def padding_fraction(batch: Mapping[str, Mapping[str, np.ndarray]]) -> float:
+    """Fraction of the slots of all buckets that hold nothing. Positions are 0 on padding and on the SINK alone."""
+    rows = [part["positions"] for part in batch.values()]
+    filled = sum(np.count_nonzero(p) + len(p) for p in rows)
+    return 1.0 - filled / sum(p.size for p in rows)
+
+
 class MetricWriter:
     """Writes scalars and pictures of a run into its folder; only the first process does.
 
@@ -67,11 +75,8 @@ class MetricWriter:
         self._wandb: Any = None
         if not self._on:
             return
-        path = workdir / "metrics.jsonl"
-        kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step] if path.exists() else []
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._jsonl = path.open("a")
+        self._path = workdir / "metrics.jsonl"
+        self._keep(resume_step)
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
         if wandb_project:
             try:
@@ -79,6 +84,18 @@ class MetricWriter:
             except ImportError:
                 raise UserError("train.wandb_project is set, but wandb is not installed: pip install 'xprompt-jax[wandb]'") from None
             self._wandb = wandb.init(project=wandb_project, dir=str(workdir), config=dict(run_config or {}), resume="allow")
+
+    def go_back(self, step: int) -> None:
+        """Forgets the lines after `step`, which will be done again."""
+        if self._on:
+            self._jsonl.close()
+            self._keep(step)
+
+    def _keep(self, step: int) -> None:
+        kept = [line for line in read_metrics(self._path.parent) if line["step"] <= step] if self._path.exists() else []
+        with atomic_path(self._path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._jsonl = self._path.open("a")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl and one point of every curve."""

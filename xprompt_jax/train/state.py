@@ -69,8 +69,11 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh
 
 
 def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, initial: Params | None = None) -> TrainState:
-    """A new state on the mesh. Every array is made where it lives: no device ever holds the whole model."""
+    """A new state on the mesh. Every array is made where it lives: no device ever holds the whole model.
+
+    `initial` lies on the mesh already; its memory is reused.
+    """
     make: Callable[..., TrainState] = lambda key, initial: make_state(config, optimizer, key, initial)
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, optimizer, mesh))
     with jax.set_mesh(mesh):
-        return jax.jit(make, out_shardings=shardings)(jax.random.key(config.train.seed), initial)
+        return jax.jit(make, out_shardings=shardings, donate_argnums=1)(jax.random.key(config.train.seed), initial)

@@ -9,8 +9,23 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax
+import pytest
 
 _CACHE = Path(os.environ.get("XPROMPT_TEST_CACHE", Path(tempfile.gettempdir()) / f"xprompt-test-cache-{jax.__version__}"))
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="session")
+def world_store(tmp_path_factory):
+    """A token store of 18 pairs of 16 px in 6 groups, two of them held out."""
+    from tests.helpers import TINY_VQ, tiny_tokenizer
+    from xprompt_jax.data.sources import world_pairs
+    from xprompt_jax.data.tokenise import tokenize
+    from xprompt_jax.model.vqgan import VQGAN
+
+    path = tmp_path_factory.mktemp("world") / "tokens"
+    records = world_pairs(groups=6, pairs_per_group=3, size=16, tasks=["invert", "sepia"], eval_fraction=0.34)
+    tokenize(records, VQGAN(TINY_VQ, jax.random.key(1)), tiny_tokenizer(), path, progress=False)
+    return path

@@ -103,6 +103,7 @@ def test_help_is_quick_and_teaches():
     (["train", "--config", "none.py", "--workdir", "w"], "none.py: cannot read"),
     (["train", "--config", "configs/debug_cpu.py", "--workdir", "w", "--optim.learnin-rate", "1"], "did you mean --optim.learning-rate?"),
     (["train", "--config=configs/debug_cpu.py", "--workdir", "w", "--train.steps", "many"], "--train.steps"),
+    (["train", "--config", "configs/debug_cpu.py", "--workdir", "gs://bucket/run"], "mount the bucket"),
     (["demo", "--devices", "0"], "--devices"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(capsys, monkeypatch, arguments, message):

@@ -8,22 +8,13 @@ import PIL.Image
 import pytest
 
 from tests.convert.folders import meta_folder
-from tests.helpers import FP32, TINY, tiny_tokenizer
+from tests.helpers import FP32, TINY
 from xprompt_jax import UserError, XPrompt
 from xprompt_jax.config import BucketConfig, Config, DataConfig, OptimConfig, TrainConfig
 from xprompt_jax.convert.formats import open_source
-from xprompt_jax.data.sources import world_pairs
-from xprompt_jax.data.tokenise import Store, tokenize
+from xprompt_jax.data.tokenise import Store
 from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.runner import run_training
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    path = tmp_path_factory.mktemp("runs") / "tokens"
-    records = world_pairs(groups=6, pairs_per_group=3, size=16, tasks=["invert", "sepia"], eval_fraction=0.34)
-    tokenize(records, VQGAN(TINY.vq, jax.random.key(1)), tiny_tokenizer(), path, progress=False)
-    return path
 
 
 def config(store, **train):
@@ -34,12 +25,12 @@ def config(store, **train):
     )  # fmt: skip
 
 
-def test_held_out_pictures_while_training(store, tmp_path):
-    run_training(config(store, samples=2), tmp_path, progress=False)
+def test_held_out_pictures_while_training(world_store, tmp_path):
+    run_training(config(world_store, samples=2), tmp_path, progress=False)
     pictures = [np.asarray(PIL.Image.open(tmp_path / "samples" / f"{step:07d}.png")) for step in (1, 2)]
-    held_out = [p for p in Store.open(store).pairs if p.split == "eval"]
+    held_out = [p for p in Store.open(world_store).pairs if p.split == "eval"]
     groups = sorted({p.group for p in held_out}, key=[p.group for p in held_out].index)
-    codes, vqgan = Store.open(store).codes, VQGAN(TINY.vq, jax.random.key(1))
+    codes, vqgan = Store.open(world_store).codes, VQGAN(TINY.vq, jax.random.key(1))
     model = XPrompt.from_pretrained(tmp_path / "model")
     for picture in pictures:
         assert picture.shape == (2 * 16, 5 * 16, 3)
@@ -50,12 +41,12 @@ def test_held_out_pictures_while_training(store, tmp_path):
                 np.testing.assert_array_equal(picture[16 * row : 16 * row + 16, 16 * column : 16 * column + 16], want)
 
 
-def test_a_run_starts_from_any_format(store, tmp_path):
+def test_a_run_starts_from_any_format(world_store, tmp_path):
     """A Meta folder without XP embeddings gets as many as the run has; at learning rate 0, the rest comes out as it went in."""
     meta_folder(tmp_path / "m", kv_heads=2)
     start = open_source(tmp_path / "m/models/tiny", num_xp_tokens=3)
     vq = dataclasses.replace(start.config.vq, image_size=16)
-    run = config(store, eval_every=0, init_from=str(tmp_path / "m/models/tiny"))
+    run = config(world_store, eval_every=0, init_from=str(tmp_path / "m/models/tiny"))
     run = dataclasses.replace(
         run, model=dataclasses.replace(start.config, vq=vq), optim=OptimConfig(learning_rate=0.0, warmup_steps=0, weight_decay=0.0)
     )
@@ -65,12 +56,12 @@ def test_a_run_starts_from_any_format(store, tmp_path):
     assert not np.asarray(model.decoder.head[...])[:, 4:36].any()  # Meta's head cannot draw, so it starts at zero
 
 
-def test_what_does_not_belong_together_is_told(store, tmp_path):
-    other = dataclasses.replace(config(store), model=dataclasses.replace(TINY, vq=dataclasses.replace(TINY.vq, embed_dim=4)))
+def test_what_does_not_belong_together_is_told(world_store, tmp_path):
+    other = dataclasses.replace(config(world_store), model=dataclasses.replace(TINY, vq=dataclasses.replace(TINY.vq, embed_dim=4)))
     with pytest.raises(UserError, match="another VQGAN"):
         run_training(other, tmp_path, progress=False)
-    small = dataclasses.replace(config(store), model=dataclasses.replace(TINY, vocab_size=300))
+    small = dataclasses.replace(config(world_store), model=dataclasses.replace(TINY, vocab_size=300))
     with pytest.raises(UserError, match=r"model\.vocab_size 300 is below"):
         run_training(small, tmp_path, progress=False)
     with pytest.raises(UserError, match=r"another architecture|no such"):
-        run_training(config(store, init_from=str(tmp_path / "none")), tmp_path, progress=False)
+        run_training(config(world_store, init_from=str(tmp_path / "none")), tmp_path, progress=False)

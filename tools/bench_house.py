@@ -58,7 +58,7 @@ def pipeline(demo: Path) -> dict[str, float]:
     """Rows a second that the pipeline makes on one thread, against rows a second that the demo's training took."""
     from xprompt_jax.config import Config, load_json
     from xprompt_jax.convert.native import load_tokenizers
-    from xprompt_jax.data.pipeline import batches
+    from xprompt_jax.data.pipeline import Rows
     from xprompt_jax.data.tokenise import Store
     from xprompt_jax.prompt import Prompter
     from xprompt_jax.tokens import Layout
@@ -67,7 +67,7 @@ def pipeline(demo: Path) -> dict[str, float]:
     config = load_json(Config, demo / "run" / "config.json")
     vqgan, tokenizer = load_tokenizers(demo / "tokens" / "tokenizers")
     prompter = Prompter(tokenizer, Layout("plain", tokenizer.vocab, vqgan.config.downsample))
-    source = batches(Store.open(demo / "tokens"), prompter, config.data, config.model.num_xp_tokens)
+    source = Rows(Store.open(demo / "tokens"), prompter, config.data, config.model.num_xp_tokens)
     rows = sum(b.rows for b in config.data.buckets)
     rates = []
     for repeat in range(5):

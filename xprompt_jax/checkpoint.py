@@ -121,7 +121,7 @@ class Checkpoints:
 
 
 def save_arrays(folder: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a flat dictionary of arrays; `folder` must not exist yet."""
+    """Writes a flat dictionary of arrays; `folder` must not exist yet. All processes of a run call it, with the same arrays."""
     with _writing(folder):
         ocp.save(str(Path(folder).absolute()), dict(arrays))
 

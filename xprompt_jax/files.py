@@ -12,16 +12,17 @@ from xprompt_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike, writer: int | None = None) -> Iterator[Path]:
     """A temporary name beside `path` that takes its place when the block ends well and vanishes when it does not.
 
-    The block may make a file or a folder there. An existing folder at `path` is replaced.
+    The block may make a file or a folder there. An existing folder at `path` is replaced. `writer` is in the name; the default is this
+    process's number.
 
     Raises:
       UserError: the place cannot be written (no such folder, no permission, disk full).
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid() if writer is None else writer}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -60,6 +60,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if math.prod(sizes) != len(devices):
         raise UserError(f"mesh data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]} does not fit {len(devices)} devices; "
                         "change --mesh.data, --mesh.fsdp or --mesh.tensor")  # fmt: skip
+    hosts = len({getattr(d, "process_index", 0) for d in devices})
+    if (len(devices) // hosts) % sizes[2]:  # the devices of a tensor group share their rows, and a process knows only its own rows
+        raise UserError(f"mesh tensor={sizes[2]} does not fit into the {len(devices) // hosts} devices of a process; lower --mesh.tensor")
     if config.slices < 1 or sizes[0] % config.slices:
         raise UserError(f"mesh data={sizes[0]} is not a multiple of mesh.slices {config.slices}; change --mesh.data or --mesh.slices")
     return Mesh(_arrange(devices, sizes, config.slices), AXES, axis_types=(AxisType.Auto,) * 3)
@@ -119,11 +122,21 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), batch)
 
 
+def whole_array(x: jax.Array) -> np.ndarray:
+    """The values on the host; of an array that several processes share, all of them must ask."""
+    return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
+
+
 def all_agree(yes: bool) -> bool:
     """Whether every process says yes; waits for all of them."""
     if jax.process_count() == 1:
         return yes
     return bool(multihost_utils.process_allgather(np.asarray(yes)).all())
+
+
+def from_first(number: int) -> int:
+    """The first process's number, on all of them; waits for it."""
+    return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 class AnyProcess:

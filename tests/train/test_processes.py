@@ -9,22 +9,26 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from tests.test_runner import config as whole_run
 from tests.train.test_training import CONFIG, data, replace
+from xprompt_jax.convert.formats import open_source
+from xprompt_jax.convert.weights import shapes_of
+from xprompt_jax.runner import run_training
 from xprompt_jax.train.loop import train
 from xprompt_jax.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 
 
-def run_two(workdir, stop=()):
-    """Runs both processes; `stop` is (process, step): that process alone gets SIGTERM before that step."""
+def run_two(workdir, stop=(), store=None):
+    """Runs both processes; `stop` is (process, step): that process alone gets SIGTERM before that step. With a store, a whole run."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     processes = []
     for i in range(2):
-        extra = [str(stop[1])] if stop and stop[0] == i else []
+        extra = [str(store)] if store else [str(stop[1])] if stop and stop[0] == i else []
         command = [sys.executable, "-m", "tests.train.worker", str(workdir), address, "2", str(i), *extra]
         processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     try:
@@ -33,7 +37,7 @@ def run_two(workdir, stop=()):
         for p in processes:
             p.kill()
     assert [p.returncode for p in processes] == [0, 0], "\n".join(outputs)
-    return [int((workdir / f"finished.{i}").read_text()) for i in range(2)]
+    return [] if store else [int((workdir / f"finished.{i}").read_text()) for i in range(2)]
 
 
 def test_two_processes_are_one_and_stop_together(tmp_path):
@@ -54,3 +58,13 @@ def test_two_processes_are_one_and_stop_together(tmp_path):
     moved = train(config, tmp_path / "two", data, progress=False)
     for a, b in zip(jax.tree.leaves(moved.params), jax.tree.leaves(alone.params), strict=True):
         np.testing.assert_allclose(a, b, atol=4e-3)
+
+
+def test_two_processes_write_the_model_of_one(world_store, tmp_path):
+    """The weights lie on two machines; the folder holds all of them, as if one had trained."""
+    run_two(tmp_path / "two", store=world_store)
+    run_training(whole_run(world_store), tmp_path / "one", progress=False)
+    two, one = open_source(tmp_path / "two/model"), open_source(tmp_path / "one/model")
+    for name in shapes_of(one.config):
+        np.testing.assert_allclose(two.read(name), one.read(name), atol=1e-4, err_msg=name)
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())

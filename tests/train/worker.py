@@ -1,4 +1,7 @@
-"""One process of a run of several, for test_processes.py: python -m tests.train.worker WORKDIR ADDRESS COUNT INDEX [STOP_AT]"""
+"""One process of a run of several, for test_processes.py: python -m tests.train.worker WORKDIR ADDRESS COUNT INDEX [STOP_AT | STORE]
+
+With a token store, a whole run to a model folder; otherwise the loop alone.
+"""
 
 import os
 import signal
@@ -12,6 +15,13 @@ from xprompt_jax.mesh import start_distributed
 if __name__ == "__main__":
     workdir, address, count, index = sys.argv[1:5]
     start_distributed(f"{address},{count},{index}")
+
+    if len(sys.argv) > 5 and not sys.argv[5].isdigit():
+        from tests.test_runner import config as whole_run
+        from xprompt_jax.runner import run_training
+
+        run_training(whole_run(sys.argv[5]), workdir, progress=False)
+        sys.exit()
 
     from tests.train.test_training import CONFIG, data, replace
     from xprompt_jax.train.loop import train

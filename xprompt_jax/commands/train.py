@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import runpy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ class Train:
 
     Examples:
       xprompt train --config configs/debug_cpu.py --workdir runs/debug
-      xprompt train --config configs/chameleon_7b_pod.py --workdir gs://bucket/run --mesh.fsdp 128 --optim.learning-rate 5e-5
+      xprompt train --config configs/chameleon_7b_pod.py --workdir /shared/runs/7b --mesh.fsdp 128 --optim.learning-rate 5e-5
       xprompt train --workdir runs/debug
     """
 
@@ -37,6 +38,8 @@ class Train:
 
     def run(self) -> None:
         """Trains."""
+        if re.match(r"\w+:/", str(self.workdir)):  # Path has made one slash of two
+            raise UserError(f"--workdir {self.workdir}: not a folder; mount the bucket on all hosts and give the path there")
         from xprompt_jax.mesh import log_devices, start_distributed
 
         start_distributed(self.distributed)

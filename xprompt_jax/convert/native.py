@@ -12,10 +12,13 @@ A token store carries the last two and the text tokenizer too, so that it explai
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,6 +27,7 @@ from xprompt_jax.config import ModelConfig, VQConfig, load_json, to_json
 from xprompt_jax.convert.weights import VQGAN_PREFIX, Part, Read, abstract_vqgan, groups_of, shapes_of
 from xprompt_jax.errors import UserError
 from xprompt_jax.files import atomic_path
+from xprompt_jax.mesh import all_agree, from_first
 from xprompt_jax.model.params import flatten, unflatten
 from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.tokens import Tokenizer
@@ -78,7 +82,8 @@ class NativeTarget:
     def write(self, part: Part, read: Read) -> None:
         """One group."""
         place = _place(self.folder, part)
-        shutil.rmtree(place, ignore_errors=True)  # of a run that was killed
+        if jax.process_index() == 0:
+            shutil.rmtree(place, ignore_errors=True)  # of a run that was killed
         save_arrays(place, {_key(name): read(name) for name in part.tensors})
 
     def finish(self, tokenizer: Path) -> None:
@@ -89,13 +94,21 @@ class NativeTarget:
 
 
 def save_folder(folder: str | Path, config: ModelConfig, read: Read, tokenizer: Tokenizer) -> None:
-    """Writes a model folder from tensors at hand, whole or not at all; one that is there is replaced."""
-    with atomic_path(folder) as temporary:
+    """Writes a model folder from tensors at hand, whole or not at all; one that is there is replaced.
+
+    All processes of a run call it: they read the same tensors in the same order and write together; the first puts the folder in place.
+    """
+    folder, first = Path(folder), jax.process_index() == 0
+    writer = from_first(os.getpid())
+    with atomic_path(folder, writer) if first else nullcontext(folder.with_name(f".{folder.name}.{writer}.partial")) as temporary:
         target = NativeTarget(temporary, config)
         for part in target.parts():
             target.write(part, read)
-        tokenizer.save(temporary / "text_tokenizer.json")
-        target.finish(temporary / "text_tokenizer.json")
+        if first:
+            tokenizer.save(temporary / "text_tokenizer.json")
+            target.finish(temporary / "text_tokenizer.json")
+        all_agree(True)  # all have written
+    all_agree(True)  # and it is in place
 
 
 def save_tokenizers(folder: str | Path, vqgan: VQGAN, tokenizer: Tokenizer) -> None:

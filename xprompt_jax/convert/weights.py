@@ -21,7 +21,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from xprompt_jax.config import ModelConfig, VQConfig
 from xprompt_jax.errors import UserError
-from xprompt_jax.mesh import sharding_for
+from xprompt_jax.mesh import sharding_for, whole_array
 from xprompt_jax.model.chameleon import Chameleon, abstract_model
 from xprompt_jax.model.params import flatten, layer_shapes, logical_axes, per_layer, stacked, unflatten
 from xprompt_jax.model.vqgan import VQGAN
@@ -150,15 +150,15 @@ _insert = jax.jit(lambda stack, value, i: jax.lax.dynamic_update_index_in_dim(st
 
 
 def reader_of(decoder: Chameleon, vqgan: VQGAN) -> Read:
-    """Tensors of a model in memory, as a source gives them."""
+    """Tensors of a model in memory, as a source gives them; where processes share it, all of them read in the same order."""
     params: Mapping[str, jax.Array] = flatten(decoder)
     images: Mapping[str, jax.Array] = flatten(vqgan)
 
     def read(name: str) -> np.ndarray:
         if name.startswith(VQGAN_PREFIX):
-            return np.asarray(images[name.removeprefix(VQGAN_PREFIX)])
+            return whole_array(images[name.removeprefix(VQGAN_PREFIX)])
         whole, layer = stacked(name)
-        return np.asarray(params[whole] if layer is None else params[whole][layer])
+        return whole_array(params[whole] if layer is None else params[whole][layer])
 
     return read
 

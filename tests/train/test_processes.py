@@ -68,3 +68,10 @@ def test_two_processes_write_the_model_of_one(world_store, tmp_path):
     for name in shapes_of(one.config):
         np.testing.assert_allclose(two.read(name), one.read(name), atol=1e-4, err_msg=name)
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())
+
+
+def test_killed_runs_end_where_others_do():
+    """kill -9 at random moments; `python tools/check_kill.py --kills 20` is the long form."""
+    command = [sys.executable, "tools/check_kill.py", "--kills", "2", "--steps", "60"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300)
+    assert result.returncode == 0 and "are the same" in result.stdout, result.stdout + result.stderr

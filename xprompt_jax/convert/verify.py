@@ -148,12 +148,14 @@ def _our_logits(source: Source, ids: np.ndarray) -> np.ndarray:
     return np.asarray(decoder.logits(jnp.asarray(ids), task, zero, positions, zero + 1, ComputeConfig(dtype="float32")))
 
 
-def _their_logits(source: Source, ids: np.ndarray) -> np.ndarray:
+def torch_decoder(source: Source) -> Any:
+    """Hugging Face's `ChameleonForConditionalGeneration` in float32 with a model's decoder in it, for comparisons.
+
+    Its VQGAN is the smallest that Hugging Face accepts, and no word is an image's, or its head would mask it.
+    """
     import torch
     from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 
-    # The decoder alone is compared, so any VQGAN that Hugging Face accepts will do: the smallest. No word is an image's, or
-    # the head would mask it.
     small = VQConfig(channels=32, channel_multipliers=(1,), num_res_blocks=1, latent_channels=32, embed_dim=8, num_codes=8)
     words = {"<s>": 0, "<pad>": 1, "</s>": 2}
     settings = write_config(dataclasses.replace(source.config, vq=small), words, "float32")
@@ -165,6 +167,14 @@ def _their_logits(source: Source, ids: np.ndarray) -> np.ndarray:
             whole, layer = stacked(name)
             value = entries[whole].save(source.read(name)).astype(np.float32)
             slots[entries[whole].theirs.replace(LAYER, str(layer))].copy_(torch.from_numpy(value))
+    return theirs
+
+
+def _their_logits(source: Source, ids: np.ndarray) -> np.ndarray:
+    import torch
+
+    theirs = torch_decoder(source)
+    with torch.no_grad():
         body = theirs.model.language_model if hasattr(theirs.model, "language_model") else theirs.model
         return theirs.lm_head(body(input_ids=torch.tensor(ids, dtype=torch.long)).last_hidden_state).numpy()
 

@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, a compilation cache, no network."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -15,6 +16,14 @@ _CACHE = Path(os.environ.get("XPROMPT_TEST_CACHE", Path(tempfile.gettempdir()) /
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs():
+    """Thousands of small programs would stay in memory until the end; the next module finds what it needs in the cache on disk."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xprompt_jax.config import MeshConfig
 from xprompt_jax.errors import UserError
@@ -30,6 +30,7 @@ AXES = ("data", "fsdp", "tensor")
 # Logical axis -> mesh axes. Parameters and activations share the table; their embedding axes differ in name.
 RULES: dict[str | None, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "rows": ("data",),  # of a batch, where fsdp splits another axis
     "embed": ("fsdp",),
     "vocab": ("tensor",),
     "heads": ("tensor",),
@@ -98,7 +99,7 @@ def spec(*logical: str | None) -> PartitionSpec:
     return PartitionSpec(*(e if len(e) > 1 else e[0] if e else None for e in entries))
 
 
-def sharding_for(mesh: Mesh, logical: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+def sharding_for(mesh: Mesh | AbstractMesh, logical: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
     """The sharding of a tensor of `shape`; a dimension that its mesh axes do not divide stays whole."""
     whole = [name if size % math.prod(mesh.shape[a] for a in RULES[name]) == 0 else None for name, size in zip(logical, shape, strict=True)]
     spec(*logical)  # collisions are refused on the names asked for

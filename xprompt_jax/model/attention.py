@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from xprompt_jax.errors import UserError
+from xprompt_jax.mesh import sharding_for
 from xprompt_jax.prompt import Role, SlotShape
 
 _MASKED = -1e30  # finite, so that a row without any key cannot become NaN
@@ -149,7 +150,8 @@ def causal_kernel(backend: str, dtype) -> Kernel:
     Raises:
       UserError: the backend cannot run here. There is no silent fallback.
     """
-    platform = jax.default_backend()
+    device = jax.sharding.get_abstract_mesh().abstract_device  # a mesh may be of machines that are not here (compiling ahead of time)
+    platform = device.platform if device else jax.default_backend()
     if backend == "xla":
         return functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="xla")
     if backend == "cudnn":
@@ -168,15 +170,26 @@ def causal_kernel(backend: str, dtype) -> Kernel:
 def splash_causal(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False) -> jax.Array:
     """Square causal attention by JAX's TPU splash kernel; lengths are padded to the kernel's block of 128.
 
+    XLA cannot split a Pallas kernel over devices: under the mesh of `jax.set_mesh`, each runs it on its own rows and heads.
     `interpret` runs the kernel's program on any device, slowly, so that tests can hold it against the oracle.
     """
+    repeat = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(t, repeat, axis=2) for t in (k, v))
+    local = functools.partial(_splash, interpret=interpret)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        spec = sharding_for(mesh, ("batch", "slots", "heads", "head_dim"), q.shape).spec
+        local = jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+    return local(q, k, v)
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool) -> jax.Array:
+    """The kernel on one device; k and v have as many heads as q."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    length, heads, dim = q.shape[1], q.shape[2], q.shape[3]
+    length, heads, dim = q.shape[1:]
     pad = -length % 128
-    repeat = heads // k.shape[2]
     q, k, v = (jnp.pad(t, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2) for t in (q * dim**-0.5, k, v))
-    k, v = (jnp.repeat(t, repeat, axis=1) for t in (k, v))
     mask = splash.MultiHeadMask([splash.CausalMask((length + pad, length + pad))] * heads)
     kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, interpret=interpret)
     return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)[:, :length]

@@ -47,14 +47,17 @@ class Block(nnx.Module):
         """[B, L, D] -> ([B, L, D], what `attend` put out)."""
         keys = (None, None) if key is None else jax.random.split(key)
         x = checkpoint_name(constrain(x, "batch", "slots", "act_embed"), "block_input")
+        # Each branch has an input of its own, a norm or a constraint: there the gradients of its weights' products are added up before
+        # devices exchange them, once and not once for each product.
+        enter = lambda x, norm: constrain(x, "batch", "slots", "act_embed") if self.swin else rms_norm(x, norm[...], self.eps)
 
-        h = x if self.swin else rms_norm(x, self.attention_norm[...], self.eps)
+        h = enter(x, self.attention_norm)
         context, out = attend(*self.attention.project(h))
         h = self.attention.output(context)
         h = rms_norm(h, self.attention_norm[...], self.eps) if self.swin else h
         x = x + dropout(h, rate, keys[0])
 
-        h = self.mlp(x if self.swin else rms_norm(x, self.mlp_norm[...], self.eps))
+        h = self.mlp(enter(x, self.mlp_norm))
         h = rms_norm(h, self.mlp_norm[...], self.eps) if self.swin else h
         return x + dropout(h, rate, keys[1]), out
 
@@ -144,7 +147,10 @@ class Chameleon(nnx.Module):
 
     def embed_tokens(self, ids: jax.Array, compute: ComputeConfig) -> jax.Array:
         """int32 [B, L] -> [B, L, D] in the compute type."""
-        return constrain(self.embed[...].astype(compute.dtype)[ids], "batch", "slots", "act_embed")
+        # The table is split over fsdp, as the rows are: a device looks up its part of the embedding for all rows of its group, then they
+        # trade. XLA finds this way by itself only where data is 1, and copies everything everywhere where it is not.
+        x = self.embed[...].astype(compute.dtype)[constrain(ids, "rows", "slots")]
+        return constrain(constrain(x, "rows", "slots", "embed"), "batch", "slots", "act_embed")
 
     def final(self, x: jax.Array) -> jax.Array:
         """The norm before the head."""

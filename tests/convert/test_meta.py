@@ -1,5 +1,6 @@
 """Meta's format: the same numbers as Meta's own conventions give, the same bits back, and lines that say what is wrong."""
 
+import hashlib
 import json
 import logging
 
@@ -17,6 +18,7 @@ from xprompt_jax.convert.formats import open_source
 from xprompt_jax.convert.meta import wrong_checksums
 from xprompt_jax.convert.names import LAYER, meta_decoder
 from xprompt_jax.convert.torchfile import TorchFile, TorchWriter
+from xprompt_jax.convert.verify import verify
 from xprompt_jax.convert.weights import load_decoder, shapes_of
 from xprompt_jax.errors import UserError
 from xprompt_jax.model.attention import dense_mask
@@ -93,7 +95,7 @@ def test_there_and_back_is_bit_exact(tmp_path, dtype, ranks):
     assert list(first) == list(again)
     assert all(first[n].tobytes() == again[n].tobytes() for n in first)
     assert (tmp_path / "a/tokenizer/vqgan.yaml").read_text() == (tmp_path / "b/tokenizer/vqgan.yaml").read_text()
-    assert wrong_checksums(tmp_path / "b") == []
+    assert wrong_checksums(sorted((tmp_path / "b").glob("*.pth"))) == []
 
 
 def test_what_meta_cannot_hold_is_refused(tmp_path):
@@ -182,10 +184,22 @@ def test_what_is_missing_is_named(tmp_path):
         open_source(model, vqgan=tmp_path / "vqgan.ckpt", tokenizer=tmp_path / "words")
 
 
-def test_a_wrong_checksum_is_found(tmp_path):
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_wrong_checksum_is_found(tmp_path, beside):
+    """Meta's list lies at the root of the download, ours beside the files."""
     meta_folder(tmp_path / "a")
-    convert(open_source(tmp_path / "a/models/tiny"), tmp_path / "b", Options(to="meta"), progress=False)
-    with (tmp_path / "b/consolidated.pth").open("r+b") as f:
-        f.seek(5000)
-        f.write(b"\xff")
-    assert wrong_checksums(tmp_path / "b") == ["consolidated.pth"]
+    source = open_source(tmp_path / "a/models/tiny")
+    file = tmp_path / "a/models/tiny/consolidated.pth"
+    md5 = hashlib.md5(file.read_bytes()).hexdigest()
+    if beside:
+        (file.parent / "checklist.chk").write_text(f"{md5}  consolidated.pth\n")
+    else:
+        (tmp_path / "a/checklist.chk").write_text(f"{md5}  ./models/tiny/consolidated.pth\n{'0' * 32}  models/other\n")
+    convert(source, tmp_path / "b", Options(to="meta"), progress=False)
+    verify(source, tmp_path / "b", Options(), progress=False)
+    for damaged in (tmp_path / "b/consolidated.pth", file):
+        whole = damaged.read_bytes()
+        damaged.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+        with pytest.raises(UserError, match=f"{damaged}: its MD5 is not the one in checklist.chk"):
+            verify(source, tmp_path / "b", Options(), progress=False)
+        damaged.write_bytes(whole)

@@ -238,13 +238,20 @@ def fewest_ranks(source: Any) -> int:
     raise UserError("the QK-norms differ from head to head, which Meta's layout cannot hold; export to huggingface")
 
 
-def wrong_checksums(folder: Path) -> list[str]:
-    """Names in checklist.chk whose file has another MD5, or is not there; the list itself may be missing."""
-    path = folder / "checklist.chk"
-    if not path.exists():
-        return []
-    lines = [line.split() for line in path.read_text().splitlines() if len(line.split()) == 2]
-    return [name for digest, name in lines if not (folder / name).is_file() or _md5(folder / name) != digest]
+def wrong_checksums(files: Sequence[Path]) -> list[Path]:
+    """Those of `files` whose MD5 is not the one in checklist.chk, which lies beside them or up to two folders above.
+
+    Files that no list names are passed over.
+    """
+    wrong = []
+    for file in files:
+        for folder in (file.parent, *file.parent.parents[:2]):
+            path = folder / "checklist.chk"
+            lines = [line.split() for line in path.read_text().splitlines()] if path.is_file() else []
+            sums = {(folder / line[1]).resolve(): line[0] for line in lines if len(line) == 2}
+            if file.resolve() in sums and _md5(file) != sums[file.resolve()]:
+                wrong.append(file)
+    return wrong
 
 
 def _md5(path: Path) -> str:

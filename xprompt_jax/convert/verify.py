@@ -22,6 +22,7 @@ from xprompt_jax.config import ComputeConfig, VQConfig
 from xprompt_jax.convert.adapt import Adaptation, Adapted
 from xprompt_jax.convert.formats import open_source
 from xprompt_jax.convert.huggingface import write_config
+from xprompt_jax.convert.meta import wrong_checksums
 from xprompt_jax.convert.names import LAYER, hf_decoder
 from xprompt_jax.convert.weights import VQGAN_PREFIX, Source, load_decoder, shapes_of
 from xprompt_jax.errors import UserError
@@ -72,9 +73,11 @@ def verify(source: Source, out: Path, options: Adaptation, *, progress: bool = T
       options: what was changed on the way (the same changes are made to the original before comparing).
 
     Raises:
-      UserError: a tensor differs by more than its type's rounding, or logits by more than 1e-4 relative.
+      UserError: a file is not what Meta's checklist.chk says, a tensor differs, or logits by more than 1e-4 relative.
     """
     original, converted = Adapted(source, options), open_source(out)
+    if damaged := wrong_checksums([*source.files(), *converted.files()]):
+        raise UserError(f"{damaged[0]}: its MD5 is not the one in checklist.chk; fetch it again")
     if original.config != converted.config:
         raise UserError(f"{out}: another architecture than {source.tokenizer.parent}: {converted.config} is not {original.config}")
     tensors = _compare_tensors(original, converted, progress=progress)

@@ -50,6 +50,7 @@ def test_a_run_starts_from_any_format(world_store, tmp_path):
     run = dataclasses.replace(
         run, model=dataclasses.replace(start.config, vq=vq), optim=OptimConfig(learning_rate=0.0, warmup_steps=0, weight_decay=0.0)
     )
+    (tmp_path / "run/checkpoints").mkdir(parents=True)  # as a run leaves it that was killed before its first save
     model = run_training(run, tmp_path / "run", progress=False)
     np.testing.assert_array_equal(model.decoder.blocks.mlp.up[...][1], start.read("blocks.1.mlp.up"))
     assert model.xp_embeddings.shape == (3, 32)

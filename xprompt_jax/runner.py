@@ -54,22 +54,14 @@ def run_training(config: Config, workdir: str | Path, *, progress: bool = True) 
     rows = source("train")
     held_out = any(pair.split == "eval" for pair in store.pairs) and config.train.eval_every > 0
 
-    initial = None
-    if config.train.init_from and not (Path(workdir) / "checkpoints").exists():
-        start = load(
-            config.train.init_from, dtype=jnp.float32, mesh=make_mesh(config.mesh), num_xp_tokens=config.model.num_xp_tokens
-        )  # fmt: skip
-        if start.config != config.model:
-            raise UserError(f"{config.train.init_from} has another architecture than `model` in the config; use its config.json's values")
-        initial = flatten(start.decoder)
     draw = None
     if config.train.samples and held_out:
         if jax.process_count() > 1:
             raise UserError("train.samples draws in runs of one process only; set --train.samples 0 and use `xprompt eval`")
         draw = _sampler(config, Path(workdir), store, lambda state: XPrompt(decoder_of(config, state), vqgan, tokenizer))
     state = train(
-        config, workdir, rows, eval_data=source("eval") if held_out else None, initial=initial, names=rows.names, on_eval=draw,
-        progress=progress,
+        config, workdir, rows, eval_data=source("eval") if held_out else None, names=rows.names, on_eval=draw, progress=progress,
+        initial=(lambda: _start(config)) if config.train.init_from else None,
     )  # fmt: skip
     if int(state.step) < config.train.steps:
         return None
@@ -77,6 +69,16 @@ def run_training(config: Config, workdir: str | Path, *, progress: bool = True) 
     model.save_pretrained(Path(workdir) / "model")
     log.info("model written to %s", Path(workdir) / "model")
     return model
+
+
+def _start(config: Config) -> dict[str, jax.Array]:
+    """The weights of `train.init_from`, on the run's mesh."""
+    start = load(
+        config.train.init_from or "", dtype=jnp.float32, mesh=make_mesh(config.mesh), num_xp_tokens=config.model.num_xp_tokens
+    )  # fmt: skip
+    if start.config != config.model:
+        raise UserError(f"{config.train.init_from} has another architecture than `model` in the config; use its config.json's values")
+    return flatten(start.decoder)
 
 
 def _sampler(config: Config, workdir: Path, store: Store, model_of: Callable[[TrainState], XPrompt]):

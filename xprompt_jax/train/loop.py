@@ -46,7 +46,8 @@ MAX_ROLLBACKS = 5
 
 
 def train(
-    config: Config, workdir: str | Path, data: BatchSource, *, eval_data: BatchSource | None = None, initial: Params | None = None,
+    config: Config, workdir: str | Path, data: BatchSource, *, eval_data: BatchSource | None = None,
+    initial: Callable[[], Params] | None = None,
     names: Callable[[int], Sequence[str]] | None = None, on_eval: Callable[[int, TrainState], Any] | None = None,
     progress: bool = True,
 ) -> TrainState:  # fmt: skip
@@ -57,7 +58,7 @@ def train(
       workdir: gets config.json, metrics.jsonl, tensorboard/ and checkpoints/.
       data: training rows by step.
       eval_data: held-out rows by batch number.
-      initial: decoder parameters to start from; None draws random ones. Not used when a checkpoint is there.
+      initial: makes the decoder parameters to start from; None draws random ones. Not called when a checkpoint is there.
       names: what the rows of a step are, for the message when it breaks.
       on_eval: called after each evaluation; a uint8 [h, w, 3] picture that it returns goes to TensorBoard.
 
@@ -80,7 +81,7 @@ def train(
     abstract = abstract_state(config, optimizer, mesh)
     step, state = checkpoints.restore_newest(abstract) or (0, None)
     if state is None:
-        state = init_state(config, optimizer, mesh, initial)
+        state = init_state(config, optimizer, mesh, initial() if initial else None)
     else:
         log.info("resumed from step %d of %s", step, workdir)
 

@@ -8,11 +8,12 @@ from typing import Literal
 
 import tyro
 
+from xprompt_jax.commands.sampling import SamplingFlags
 from xprompt_jax.errors import UserError
 
 
 @dataclass
-class Evaluate:
+class Evaluate(SamplingFlags):
     """Score a model: held-out images drawn from several example pairs, beside what a wrong example, the input and the tokenizer reach.
 
     Writes OUT/result.json, scores.csv and index.html, and prints one line for each score beside the paper's. The suites are those of
@@ -45,16 +46,6 @@ class Evaluate:
     """Colours of depth (grey, turbo, ...) or of classes (max_separation, painter), where the model was trained on others."""
     seed: int = 0
     """Of the choice of examples, of the images and of the bootstrap."""
-    guidance: float = 1.0
-    """Scale on the example; 1 is off."""
-    temperature: float = 1.0
-    """0 takes the most likely token; for images that is usually dull."""
-    top_k: int = 0
-    """Draw among the k most likely tokens; 0 is all."""
-    top_p: float = 1.0
-    """Draw among the most likely tokens that hold this much probability."""
-    decoding: Literal["jacobi", "sequential"] = "jacobi"
-    """Several tokens at once, or one by one; both give the same images."""
 
     def run(self) -> None:
         """Draws and scores."""
@@ -69,12 +60,9 @@ class Evaluate:
         if self.examples_from is not None:
             find_records(suite, self.examples_from, flag="--examples-from")
         fraction = self.eval_fraction if self.eval_fraction is not None else 0.05 if self.suite == "pairs" else 1.0
-        options = {
-            "guidance": self.guidance, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "decoding": self.decoding,
-        }  # fmt: skip
         result = evaluate(
             XPrompt.from_pretrained(self.model), suite, self.data, self.out, examples_from=self.examples_from, examples=self.examples,
-            per_group=self.queries, eval_fraction=fraction, seed=self.seed, sampling=options,
+            per_group=self.queries, eval_fraction=fraction, seed=self.seed, sampling=self.sampling(),
         )  # fmt: skip
         print("\n".join(lines(suite, result)))
         if suite.note:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
+from xprompt_jax.commands.sampling import SamplingFlags
 from xprompt_jax.errors import UserError
 
 
 @dataclass
-class Sample:
+class Sample(SamplingFlags):
     """Draw images: do to each input what a compiled prompt shows, or draw texts.
 
     Examples:
@@ -34,16 +34,6 @@ class Sample:
     """The same seed draws the same images, whatever else is drawn beside them."""
     num_images: int = 1
     """Images for each input or text."""
-    guidance: float = 1.0
-    """Scale on the example (or on the text); 1 is off."""
-    temperature: float = 1.0
-    """0 takes the most likely token; for images that is usually dull."""
-    top_k: int = 0
-    """Draw among the k most likely tokens; 0 is all."""
-    top_p: float = 1.0
-    """Draw among the most likely tokens that hold this much probability."""
-    decoding: Literal["jacobi", "sequential"] = "jacobi"
-    """Several tokens at once, or one by one; both give the same images."""
 
     def run(self) -> None:
         """Writes the images."""
@@ -56,10 +46,7 @@ class Sample:
 
         images = [open_image(path) for path in self.inputs]  # a bad file is named before the model is loaded
         model = XPrompt.from_pretrained(self.model)
-        options: dict[str, Any] = {
-            "seed": self.seed, "num_images": self.num_images, "guidance": self.guidance, "temperature": self.temperature,
-            "top_k": self.top_k, "top_p": self.top_p, "decoding": self.decoding, "progress": True,
-        }  # fmt: skip
+        options = self.sampling() | {"seed": self.seed, "num_images": self.num_images, "progress": True}
         if self.task is not None and images:
             drawn = model.generate(CompiledPrompt.load(self.task), images, self.instruction, **options)
             names = [f"{i:04d}-{path.stem}" for i, path in enumerate(self.inputs)]

@@ -104,6 +104,12 @@ def test_help_is_quick_and_teaches():
     (["train", "--config", "configs/debug_cpu.py", "--workdir", "w", "--optim.learnin-rate", "1"], "did you mean --optim.learning-rate?"),
     (["train", "--config=configs/debug_cpu.py", "--workdir", "w", "--train.steps", "many"], "--train.steps"),
     (["train", "--config", "configs/debug_cpu.py", "--workdir", "gs://bucket/run"], "mount the bucket"),
+    (["train", "--config", "configs/debug_cpu.py", "--workdir", "w", "--train.profile", "3", "2"], "train.profile is (3, 2)"),
+    (["convert", "--source", "m", "--out", "o", "--to", "meta", "--shards", "-1"], "give 1 or more, with --to meta"),
+    (["convert", "--source", "m", "--out", "o", "--shards", "2"], "give 1 or more, with --to meta"),
+    (["convert", "--source", "m", "--out", "o", "--seed", "-1"], "--seed must not be negative"),
+    (["convert", "--source", "m", "--out", "o", "--dtype", "int8"], "'float16').; see `xprompt convert --help`"),
+    (["compile", "--model", "m", "--index", "i", "--instruction", "x", "--examples", "0", "--out", "o"], "--examples must be at least 1"),
     (["demo", "--devices", "0"], "--devices"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(capsys, monkeypatch, arguments, message):

@@ -251,9 +251,20 @@ class TrainConfig:
 
     def __post_init__(self):
         counts = ("steps", "accumulate", "loss_chunk", "log_every", "eval_batches", "save_every", "keep")
-        _check(self, "train", **dict.fromkeys(counts, (1, _ANY)), dropout=(0, 0.99), z_loss=(0, _ANY), seed=(0, _ANY),
-               eval_every=(0, _ANY), spike_factor=(0, _ANY),
-               keep_best=(0, _ANY), samples=(0, _ANY))  # fmt: skip
+        _check(
+            self,
+            "train",
+            **dict.fromkeys(counts, (1, _ANY)),
+            dropout=(0, 0.99),
+            z_loss=(0, _ANY),
+            seed=(0, _ANY),
+            eval_every=(0, _ANY),
+            spike_factor=(0, _ANY),
+            keep_best=(0, _ANY),
+            samples=(0, _ANY),
+        )
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
+            raise UserError(f"train.profile is {self.profile}; it must be a first and a last step, counted from 1")  # fmt: skip
 
 
 @dataclass(frozen=True)

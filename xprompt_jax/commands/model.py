@@ -52,6 +52,10 @@ class Convert:
         """Writes the folder."""
         if self.num_xp_tokens < 1:
             raise UserError("--num-xp-tokens must be at least 1")
+        if self.shards < 0 or (self.shards and self.to != "meta"):
+            raise UserError("--shards is the number of files of a Meta folder: give 1 or more, with --to meta")
+        if self.seed < 0:
+            raise UserError("--seed must not be negative")
         from xprompt_jax.convert.convert import Options, convert
         from xprompt_jax.convert.formats import open_source
         from xprompt_jax.convert.verify import verify
@@ -104,6 +108,8 @@ class Compile:
             raise UserError(f"--inputs has {len(self.inputs)} images and --outputs {len(self.outputs)}; give one output for each input")
         if bool(self.inputs) == (self.index is not None):
             raise UserError("give --inputs and --outputs, or --index FILE with --instruction")
+        if self.examples < 1:
+            raise UserError("--examples must be at least 1")
         if self.index is not None and not self.instruction:
             raise UserError("--index needs --instruction: it finds the pairs whose instructions are nearest")
         from xprompt_jax import Example, XPrompt

@@ -10,7 +10,7 @@ import numpy as np
 from tests.convert.reference import random_checkpoint
 from tests.helpers import TINY_VQ, tiny_tokenizer
 from xprompt_jax.convert.huggingface import HuggingFaceTarget
-from xprompt_jax.convert.torchfile import TorchWriter
+from xprompt_jax.convert.torchwriter import TorchWriter
 from xprompt_jax.convert.vqgan import write_vqgan
 from xprompt_jax.convert.weights import VQGAN_PREFIX, shapes_of
 from xprompt_jax.model.params import flatten

@@ -17,7 +17,8 @@ from xprompt_jax.convert.convert import Options, convert
 from xprompt_jax.convert.formats import open_source
 from xprompt_jax.convert.meta import wrong_checksums
 from xprompt_jax.convert.names import LAYER, meta_decoder
-from xprompt_jax.convert.torchfile import TorchFile, TorchWriter
+from xprompt_jax.convert.torchfile import TorchFile
+from xprompt_jax.convert.torchwriter import TorchWriter
 from xprompt_jax.convert.verify import verify
 from xprompt_jax.convert.weights import load_decoder, shapes_of
 from xprompt_jax.errors import UserError

@@ -1,5 +1,6 @@
 """PyTorch files: what torch wrote, read without it and without running anything; and the other way round."""
 
+import hashlib
 import os
 import pickle
 import zipfile
@@ -8,7 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from xprompt_jax.convert.torchfile import TorchFile, TorchWriter
+from xprompt_jax.convert.torchfile import TorchFile
+from xprompt_jax.convert.torchwriter import TorchWriter
 from xprompt_jax.errors import UserError
 
 TYPES = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, np.int64, np.int32, np.int16, np.int8, np.uint8, np.bool_]
@@ -42,6 +44,49 @@ def test_what_is_written_is_read(tmp_path, root):
         assert_same(file[prefix + name], value)
     with zipfile.ZipFile(tmp_path / "a.pth") as archive:
         assert archive.testzip() is None
+
+
+def test_a_writer_goes_on_from_its_mark(tmp_path):
+    """What a killed writer did after its mark is cut off; the end is the same to the byte, and so is the checksum."""
+    made = list(tensors().items())
+    with TorchWriter(tmp_path / "whole.pth") as out:
+        for name, value in made:
+            out.write(name, value)
+    for marked in range(1, len(made)):
+        path = tmp_path / f"{marked}.pth"
+        killed = TorchWriter(path)
+        for i, (name, value) in enumerate(made):
+            killed.write(name, value)
+            if i + 1 == marked:
+                killed.mark()
+        if marked % 2:
+            killed.seal()
+        else:
+            killed.close()
+        again = TorchWriter(path)
+        assert [name in again for name, _ in made] == [i < marked for i in range(len(made))]
+        for name, value in made[marked:]:
+            again.write(name, value)
+        md5 = again.seal()
+        assert path.read_bytes() == (tmp_path / "whole.pth").read_bytes()
+        assert md5 == hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def test_files_beyond_four_gib(tmp_path):
+    """Sizes and offsets that need zip64: a sparse file, of which no byte is stored. Python's zipfile reads it as we do."""
+    path = tmp_path / "a.pth"
+    with TorchWriter(path) as out:
+        out.write("first", np.arange(3.0))
+        out._zip._file.seek(5 * 2**30)
+        out._zip.size = 5 * 2**30  # as if a tensor of that size lay there
+        out.write("empty", np.zeros(0, np.uint8))
+        out.write("second", np.arange(4.0))
+    assert path.stat().st_blocks * 512 < 2**20
+    assert_same(TorchFile(path)["second"], np.arange(4.0))
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+    torch = pytest.importorskip("torch")
+    assert torch.load(path, weights_only=True, mmap=True)["second"].tolist() == [0, 1, 2, 3]
 
 
 def test_torch_reads_what_is_written(tmp_path):

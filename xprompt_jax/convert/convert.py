@@ -23,6 +23,7 @@ from xprompt_jax.convert.formats import Format
 from xprompt_jax.convert.huggingface import HuggingFaceTarget
 from xprompt_jax.convert.meta import MetaTarget, fewest_ranks
 from xprompt_jax.convert.native import NativeTarget
+from xprompt_jax.convert.torchwriter import MARK
 from xprompt_jax.convert.weights import Source, Target, shapes_of
 from xprompt_jax.errors import UserError
 from xprompt_jax.files import atomic_path
@@ -58,7 +59,8 @@ def convert(source: Source, out: str | Path, options: Options, *, progress: bool
         if isinstance(e, UserError):
             raise
         raise UserError(f"--out {out}: cannot write: {e.strerror}; free space or choose another place") from None
-    (work / "progress.json").unlink()
+    for note in (work / "progress.json", *work.glob(f"*{MARK}")):  # in this order: without its progress a folder is begun anew
+        note.unlink()
     os.replace(work, out)
     return out
 

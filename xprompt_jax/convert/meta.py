@@ -9,7 +9,6 @@ stand beside them in xprompt.safetensors.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -23,9 +22,10 @@ import numpy as np
 from xprompt_jax.config import ModelConfig
 from xprompt_jax.convert.names import HF_XP, LAYER, Entry, meta_decoder
 from xprompt_jax.convert.safetensors import Tensors, Writer
-from xprompt_jax.convert.torchfile import TorchFile, TorchWriter
+from xprompt_jax.convert.torchfile import TorchFile
+from xprompt_jax.convert.torchwriter import TorchWriter
 from xprompt_jax.convert.vqgan import VQGANFile, write_vqgan
-from xprompt_jax.convert.weights import VQGAN_PREFIX, Part, Read, checked, shapes_of
+from xprompt_jax.convert.weights import VQGAN_PREFIX, Part, Read, checked, groups_of, shapes_of
 from xprompt_jax.errors import UserError
 from xprompt_jax.files import atomic_path
 from xprompt_jax.model.params import stacked
@@ -160,17 +160,14 @@ class MetaTarget:
             if getattr(config, name) % ranks:
                 raise UserError(f"--shards {ranks}: {name} {getattr(config, name)} is not a multiple of it")
         self._entries = {entry.ours: entry for entry in meta_decoder(config, ranks)}
-        names = list(shapes_of(config))
-        images = tuple(n for n in names if n.startswith(VQGAN_PREFIX))
-        # Tensors go to all ranks at once, so the decoder is one part.
-        self._parts = [
-            Part("decoder", tuple(n for n in names if n not in images and n != "xp")),
-            Part("vqgan", images),
-            Part("xp", ("xp",)),
-        ]
+        *decoder, images = groups_of(config)
+        self._decoder = [Part(part.name, tuple(n for n in part.tensors if n != "xp")) for part in decoder]
+        self._parts = [*self._decoder, images, Part("xp", ("xp",))]
+        names = ["consolidated.pth"] if ranks == 1 else [f"consolidated.{r:02d}.pth" for r in range(ranks)]
+        self._files = [TorchWriter(folder / name) for name in names]
 
     def parts(self) -> Sequence[Part]:
-        """The decoder, the VQGAN and the XP embeddings."""
+        """The decoder layer by layer, the VQGAN and the XP embeddings."""
         return self._parts
 
     def write(self, part: Part, read: Read) -> None:
@@ -186,23 +183,24 @@ class MetaTarget:
             self._write_decoder(part, read)
 
     def _write_decoder(self, part: Part, read: Read) -> None:
-        names = ["consolidated.pth"] if self.ranks == 1 else [f"consolidated.{r:02d}.pth" for r in range(self.ranks)]
-        with contextlib.ExitStack() as stack:
-            # The stack unwinds backwards: every file is closed before it gets its name.
-            paths = [stack.enter_context(atomic_path(self.folder / name)) for name in names]
-            files = [stack.enter_context(TorchWriter(path)) for path in paths]
-            for name in part.tensors:
-                whole, layer = stacked(name)
-                entry = self._entries[whole]
-                value = entry.save(read(name))
-                for rank, file in enumerate(files):
-                    if entry.join == "same":
-                        piece = value
-                    elif entry.join == "stack":
-                        piece = value[rank]
-                    else:
-                        piece = np.split(value, self.ranks, axis=entry.join)[rank]
-                    file.write(entry.theirs.replace(LAYER, str(layer)), piece)
+        """The files of all ranks grow together. One may be a layer ahead of a killed run's notes: what it has is kept."""
+        for name in part.tensors:
+            whole, layer = stacked(name)
+            entry = self._entries[whole]
+            theirs = entry.theirs.replace(LAYER, str(layer))
+            value = entry.save(read(name))
+            for rank, file in enumerate(self._files):
+                if theirs in file:
+                    continue
+                if entry.join == "same":
+                    piece = value
+                elif entry.join == "stack":
+                    piece = value[rank]
+                else:
+                    piece = np.split(value, self.ranks, axis=entry.join)[rank]
+                file.write(theirs, piece)
+        for file in self._files:
+            file.mark()
 
     def finish(self, tokenizer: Path) -> None:
         """params.json, consolidate_params.json, tokenizer/text_tokenizer.json and checklist.chk."""
@@ -214,7 +212,7 @@ class MetaTarget:
         (self.folder / "params.json").write_text(json.dumps({"model": params}, indent=2))
         (self.folder / "consolidate_params.json").write_text(json.dumps({"model_parallel_size": self.ranks}))
         Tokenizer.from_file(tokenizer, limit=c.vocab_size).save(self.folder / "tokenizer" / "text_tokenizer.json")
-        sums = [f"{_md5(path)}  {path.name}\n" for path in sorted(self.folder.glob("*.pth"))]
+        sums = [f"{file.seal()}  {file.path.name}\n" for file in self._files]
         (self.folder / "checklist.chk").write_text("".join(sums))
 
 

@@ -1,4 +1,4 @@
-"""PyTorch checkpoint files, read and written without PyTorch, and without ever running what is in them.
+"""PyTorch checkpoint files, read without PyTorch, and without ever running what is in them (torchwriter.py writes them).
 
 A checkpoint is a pickle program that builds a dictionary, and the raw bytes of its tensors:
 
@@ -25,14 +25,13 @@ import numpy as np
 
 from xprompt_jax.errors import UserError
 
-_STORAGES: dict[str, np.dtype] = {
+STORAGES: dict[str, np.dtype] = {
     "DoubleStorage": np.dtype(np.float64), "FloatStorage": np.dtype(np.float32), "HalfStorage": np.dtype(np.float16),
     "BFloat16Storage": np.dtype(ml_dtypes.bfloat16), "LongStorage": np.dtype(np.int64), "IntStorage": np.dtype(np.int32),
     "ShortStorage": np.dtype(np.int16), "CharStorage": np.dtype(np.int8), "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }  # fmt: skip
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_ZIP_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ class _Interpreter:
             ("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"),
             ("torch", "Size"), ("torch.storage", "UntypedStorage"),
         }  # fmt: skip
-        known = (name.module, name.name) in tensors or (name.module == "torch" and (name.name in _STORAGES or name.name in _DTYPES))
+        known = (name.module, name.name) in tensors or (name.module == "torch" and (name.name in STORAGES or name.name in _DTYPES))
         if not known:
             raise UserError(f"{self.path}: would run {name} when unpickled; this is refused, and nothing was run. "
                             "Ask for the weights as safetensors")  # fmt: skip
@@ -187,11 +186,11 @@ class _Interpreter:
 
     def _storage(self, identity: Any) -> _Storage:
         kind, storage, key = identity[:3]
-        if kind != "storage" or not isinstance(storage, _Global) or storage.name not in _STORAGES:
+        if kind != "storage" or not isinstance(storage, _Global) or storage.name not in STORAGES:
             raise UserError(f"{self.path}: a storage of unknown type {storage}; ask for the weights as safetensors")
         if len(identity) > 5 and identity[5] is not None:
             raise UserError(f"{self.path}: storages that are views of others (a very old file); save it again with a newer PyTorch")
-        return _Storage(_STORAGES[storage.name], str(key))
+        return _Storage(STORAGES[storage.name], str(key))
 
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
@@ -230,7 +229,7 @@ class TorchFile(Mapping[str, np.ndarray]):
             flat = np.fromfile(file, tensor.dtype, items)
             if len(flat) < items:
                 raise UserError(f"{self.path}: ends in the middle of {name}; fetch it again")
-        if items == int(np.prod(tensor.shape)) and tensor.strides == _contiguous(tensor.shape):
+        if items == int(np.prod(tensor.shape)) and tensor.strides == contiguous(tensor.shape):
             return flat.reshape(tensor.shape)
         strides = tuple(s * width for s in tensor.strides)
         return np.array(np.lib.stride_tricks.as_strided(flat, tensor.shape, strides), order="C")
@@ -290,7 +289,8 @@ class TorchFile(Mapping[str, np.ndarray]):
             return where, program
 
 
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a dense tensor, in elements."""
     return tuple(int(np.prod(shape[d + 1 :], dtype=np.int64)) for d in range(len(shape)))
 
 
@@ -300,67 +300,3 @@ def _storages_of(value: Any) -> Iterator[_Storage]:
     elif isinstance(value, dict | list | tuple):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _storages_of(inner)
-
-
-class TorchWriter:
-    """Writes a checkpoint that `torch.load(..., weights_only=True)` reads, tensor by tensor, in little memory.
-
-    Use as a context manager; the file is complete when the block ends. Names are keys of one flat dictionary, or of a
-    dictionary under `root` (as in Lightning's {"state_dict": {...}}).
-    """
-
-    def __init__(self, path: str | Path, *, root: str | None = None):
-        self._path, self._root = Path(path), root
-        self._entries: list[tuple[str, np.dtype, tuple[int, ...]]] = []
-
-    def __enter__(self) -> TorchWriter:
-        self._archive = zipfile.ZipFile(self._path, "w", zipfile.ZIP_STORED, allowZip64=True)
-        return self
-
-    def write(self, name: str, value: np.ndarray) -> None:
-        """Appends one tensor."""
-        value = np.asarray(value, order="C")
-        if value.dtype not in _STORAGES.values():
-            raise ValueError(f"{name}: PyTorch has no {value.dtype}")
-        self._put(f"archive/data/{len(self._entries)}", value.reshape(-1).view(np.uint8).data)
-        self._entries.append((name, value.dtype, value.shape))
-
-    def __exit__(self, kind, error, trace) -> None:
-        if kind is None:
-            self._put("archive/data.pkl", _program(self._entries, self._root))
-            self._put("archive/byteorder", b"little")
-            self._put("archive/version", b"3\n")
-        self._archive.close()
-
-    def _put(self, name: str, data: bytes | memoryview) -> None:
-        """One stored entry whose bytes start at a multiple of 64, as PyTorch's own do, so that they can be mapped."""
-        info = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
-        at = self._archive.fp.tell() + 30 + len(name)  # type: ignore[union-attr]
-        size = len(data)
-        zip64 = 20 if size * 1.05 > zipfile.ZIP64_LIMIT else 0  # zipfile's own rule for its extra field
-        pad = -(at + zip64 + 4) % _ZIP_ALIGNMENT
-        info.extra = struct.pack("<HH", 0x4246, pad) + b"Z" * pad
-        info.file_size = size
-        with self._archive.open(info, "w") as file:
-            for start in range(0, size, 2**24):
-                file.write(data[start : start + 2**24])
-
-
-def _program(entries: list[tuple[str, np.dtype, tuple[int, ...]]], root: str | None) -> bytes:
-    """The pickle that builds {name: tensor}: only the names torch's `weights_only` reader knows."""
-    kinds = {dtype: name for name, dtype in _STORAGES.items()}
-    text = lambda s: b"X" + struct.pack("<I", len(s.encode())) + s.encode()
-    # LONG1 holds any int; a tuple of any length is MARK ... TUPLE.
-    number = lambda n: b"\x8a" + bytes([len(b := int(n).to_bytes((int(n).bit_length() // 8) + 1, "little", signed=True))]) + b
-    numbers = lambda ns: b"(" + b"".join(map(number, ns)) + b"t"
-    out = [b"\x80\x02}("]
-    if root is not None:
-        out += [text(root), b"}("]
-    for i, (name, dtype, shape) in enumerate(entries):
-        count = int(np.prod(shape, dtype=np.int64))
-        storage = b"(" + text("storage") + f"ctorch\n{kinds[dtype]}\n".encode() + text(str(i)) + text("cpu") + number(count) + b"tQ"
-        arguments = (
-            b"(" + storage + number(0) + numbers(shape) + numbers(_contiguous(shape)) + b"\x89" + b"ccollections\nOrderedDict\n)R" + b"t"
-        )
-        out += [text(name), b"ctorch._utils\n_rebuild_tensor_v2\n", arguments, b"R"]
-    return b"".join([*out, b"u" if root is None else b"uu", b"."])

@@ -12,7 +12,8 @@ import yaml
 
 from xprompt_jax.config import VQConfig
 from xprompt_jax.convert.names import HF_VQGAN_PREFIX, load_conv, save_conv
-from xprompt_jax.convert.torchfile import TorchFile, TorchWriter
+from xprompt_jax.convert.torchfile import TorchFile
+from xprompt_jax.convert.torchwriter import TorchWriter
 from xprompt_jax.errors import UserError
 
 PLACES = ("vqgan.ckpt", "tokenizer/vqgan.ckpt", "original_tokenizers/vqgan.ckpt", "../tokenizer/vqgan.ckpt", "../../tokenizer/vqgan.ckpt")

@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers import column, random_rows, segments
 from xprompt_jax.errors import UserError
-from xprompt_jax.model.attention import causal_kernel, dense_attention, dense_mask, splash_causal, split_attention
+from xprompt_jax.model.attention import blocked_causal, causal_kernel, dense_attention, dense_mask, splash_causal, split_attention
 from xprompt_jax.prompt import Role, SlotShape
 
 SHAPES = [SlotShape(1, 7, 3, 9), SlotShape(3, 5, 2, 6), SlotShape(0, 0, 0, 8), SlotShape(2, 6, 1, 0)]
@@ -65,6 +65,17 @@ def _context_only(seed, shape):
     rng, nothing = np.random.default_rng(seed), np.zeros(0, np.int32)
     lengths = rng.integers(0, shape.context + 1, (3, shape.examples))
     return [fill(Sample(tuple(np.arange(n) for n in row), nothing, nothing), shape, bos=0, pad=1) for row in lengths]
+
+
+@pytest.mark.parametrize("length", [1, 128, 129, 1100])
+def test_blocks_are_the_square(length):
+    """Values and gradients, below a block, at its edge, and where the number of blocks is at its bound."""
+    q, k, v = qkv(0, 1, length, heads=2, kv_heads=1)
+    square = lambda q, k, v: dense_attention(q, k, v, jnp.tril(jnp.ones((1, length, length), bool)))
+    np.testing.assert_allclose(jax.jit(blocked_causal)(q, k, v), square(q, k, v), atol=1e-5)
+    grads = [jax.jit(jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1, 2)))(q, k, v) for f in (square, blocked_causal)]
+    for got, want in zip(*grads, strict=True):
+        np.testing.assert_allclose(got, want, atol=5e-5)
 
 
 def test_splash_kernel_is_causal_attention():

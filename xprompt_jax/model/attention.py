@@ -24,6 +24,9 @@ from xprompt_jax.prompt import Role, SlotShape
 
 _MASKED = -1e30  # finite, so that a row without any key cannot become NaN
 
+_LEAST_BLOCK, _MOST_BLOCKS = 128, 8
+"""Queries of a block of `blocked_causal`, at least; blocks of one call, at most (each is a part of the program)."""
+
 
 def dense_mask(roles: jax.Array, groups: jax.Array, segments: jax.Array) -> jax.Array:
     """The contract as a matrix, for tests and for `XPrompt.logits`.
@@ -153,7 +156,7 @@ def causal_kernel(backend: str, dtype) -> Kernel:
     device = jax.sharding.get_abstract_mesh().abstract_device  # a mesh may be of machines that are not here (compiling ahead of time)
     platform = device.platform if device else jax.default_backend()
     if backend == "xla":
-        return functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="xla")
+        return blocked_causal
     if backend == "cudnn":
         if platform != "gpu":
             raise UserError(f"compute.attention 'cudnn' needs an NVIDIA GPU, this is {platform}; use 'xla'")
@@ -165,6 +168,34 @@ def causal_kernel(backend: str, dtype) -> Kernel:
             raise UserError(f"compute.attention 'splash' needs a TPU, this is {platform}; use 'xla'")
         return splash_causal
     raise UserError(f"compute.attention {backend!r} is unknown; use xla, cudnn or splash")
+
+
+def blocked_causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Square causal attention in plain XLA, with most of the upper triangle left out.
+
+        keys      0    1    2    3
+        block 0   \\    .    .    .     each block of queries meets the keys up to its own end;
+        block 1   x    \\    .    .     only the blocks on the diagonal hold masked scores
+        block 2   x    x    \\    .
+        block 3   x    x    x    \\
+
+    With n blocks it computes (n + 1) / 2n of the square's scores.
+
+    Args:
+      q: [B, L, H, K], rotated.
+      k, v: [B, L, G, K], keys rotated.
+
+    Returns:
+      [B, L, H, K].
+    """
+    length = q.shape[1]
+    block = max(_LEAST_BLOCK, -(-length // _MOST_BLOCKS))
+    rows = []
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        mask = jnp.arange(start, end)[:, None] >= jnp.arange(end)
+        rows.append(dense_attention(q[:, start:end], k[:, :end], v[:, :end], mask[None]))
+    return jnp.concatenate(rows, axis=1) if len(rows) > 1 else rows[0]
 
 
 def splash_causal(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False) -> jax.Array:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from xprompt_jax.prompt import Role
     from xprompt_jax.sample.compiled import CompiledPrompt
     from xprompt_jax.sample.guidance import Guidance
+    from xprompt_jax.sample.logits import Sampling
     from xprompt_jax.sample.sampler import Example, XPrompt
 
 _HOMES = {
@@ -22,11 +23,12 @@ _HOMES = {
     "Role": "prompt",
     "CompiledPrompt": "sample.compiled",
     "Guidance": "sample.guidance",
+    "Sampling": "sample.logits",
     "Example": "sample.sampler",
     "XPrompt": "sample.sampler",
 }
 
-__all__ = ["CompiledPrompt", "Config", "Example", "Guidance", "ModelConfig", "Role", "UserError", "XPrompt"]
+__all__ = ["CompiledPrompt", "Config", "Example", "Guidance", "ModelConfig", "Role", "Sampling", "UserError", "XPrompt"]
 
 
 def __getattr__(name: str):

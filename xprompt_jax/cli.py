@@ -2,6 +2,9 @@
 
 The command line. Each command is a dataclass of flags with a `run` method, in `commands/`. A mistake is one line on
 stderr and exit code 2. Heavy imports stay inside `run`, so that `--help` answers at once.
+
+Every command also takes --no-compilation-cache: programs that JAX compiled are otherwise kept in the user's cache folder
+between runs, so that the next start need not compile them again.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from xprompt_jax.commands.demo import Demo
 from xprompt_jax.commands.evaluate import Evaluate
 from xprompt_jax.commands.model import Compile, Convert
 from xprompt_jax.commands.sample import Describe, Sample
+from xprompt_jax.commands.serve import Serve
 from xprompt_jax.commands.train import Train, default_train
 from xprompt_jax.errors import UserError
 
@@ -36,9 +40,12 @@ COMMANDS: dict[str, Any] = {
     "convert": Convert,
     "compile": Compile,
     "sample": Sample,
+    "serve": Serve,
     "describe": Describe,
     "eval": Evaluate,
 }
+
+NO_CACHE = "--no-compilation-cache"
 
 
 def parse(arguments: Sequence[str]) -> Any:
@@ -50,7 +57,8 @@ def parse(arguments: Sequence[str]) -> Any:
     """
     name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if name not in COMMANDS:
-        summary = (__doc__ or "").splitlines()[0]
+        lines = (__doc__ or "").splitlines()
+        summary = lines[0] + "\n\n" + " ".join(lines[-2:])
         return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="xprompt", description=summary, args=list(arguments) or ["--help"])
     default = default_train(rest) if name == "train" else None
     return tyro.cli(COMMANDS[name], prog=f"xprompt {name}", args=rest, default=default)
@@ -77,6 +85,8 @@ def _one_line(text: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point of `xprompt`."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    _set_compilation_cache(keep=NO_CACHE not in arguments)
+    arguments = [a for a in arguments if a != NO_CACHE]
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
@@ -88,10 +98,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name = f"xprompt {arguments[0]}" if arguments[0] in COMMANDS else "xprompt"
             _fail(f"{_one_line(captured.getvalue())}; see `{name} --help`")
         raise
-    # Compiled programs are kept between runs, as `pip` keeps wheels; JAX_ENABLE_COMPILATION_CACHE=false turns it off.
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xprompt_jax" / "jit"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("absl", "jax", "orbax", "httpx", "httpx2", "tensorboardX"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -106,6 +112,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             _fail(f"{e.filename or 'disk'}: {e.strerror}; free space or choose another folder")
         raise
+
+
+def _set_compilation_cache(*, keep: bool) -> None:
+    """Tells JAX, before it is imported, where compiled programs are kept; what the environment says already stands."""
+    if not keep:
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+        return
+    home = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or home) / "xprompt_jax" / "jit"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
 def _fail(message: str) -> None:

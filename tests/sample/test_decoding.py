@@ -12,6 +12,8 @@ from xprompt_jax.model.params import flatten, unflatten
 from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.prompt import Sample, SlotShape, fill
 from xprompt_jax.sample.compiled import CompiledPrompt
+from xprompt_jax.sample.defaults import DEFAULTS
+from xprompt_jax.sample.draw import explained_memory
 from xprompt_jax.sample.guidance import Guidance
 from xprompt_jax.sample.logits import Sampling, choose, gumbel, narrow
 from xprompt_jax.sample.prefill import prefill
@@ -93,11 +95,20 @@ def test_windows_draw_the_same_images(model):
             assert same(draw(seed=seed, window=window), want)
 
 
-def test_an_image_is_the_same_alone_and_in_a_batch(model):
+@pytest.mark.parametrize("decoding", ["jacobi", "speculative"])
+def test_an_image_is_the_same_alone_and_in_a_batch(model, decoding):
     task, inputs = model.compile([example(2)]), images(4, 17)
-    together = model.generate(task, inputs, seed=7)
-    assert same(model.generate(task, inputs[16:], seed=7), together[16:])
-    assert same(model.generate(task, inputs[4:6], seed=7), together[4:6])
+    draw = lambda chosen: model.generate(task, chosen, seed=7, decoding=decoding, window=5)
+    together = draw(inputs)
+    assert same(draw(inputs[16:]), together[16:])
+    assert same(draw(inputs[4:6]), together[4:6])
+
+
+def test_speculative_is_sequential_where_there_is_no_choice(model):
+    task, inputs = model.compile([example(2)]), images(3, 2)
+    for options in ({"temperature": 0.0}, {"top_k": 1, "guidance": 1.5}):
+        want = model.generate(task, inputs, decoding="sequential", **options)
+        assert same(model.generate(task, inputs, decoding="speculative", window=6, **options), want)
 
 
 def test_mixed_tasks_in_one_batch(model):
@@ -122,6 +133,46 @@ def test_guidance_weights():
         assert sum(g.weights().values()) == pytest.approx(1)
 
 
+def test_published_guidance_formulas():
+    """Our weighted branches against the formulas as the authors write them."""
+    u, img, f = (np.random.default_rng(i).normal(size=50) for i in range(3))
+    ours = lambda g, **branch: sum(w * branch[name] for name, w in g.weights().items())
+    chameleon = u + 1.2 * (img - u) + 3.0 * (f - img)
+    np.testing.assert_allclose(ours(DEFAULTS["chameleon"].guidance, nothing=u, image=img, example=img, full=f), chameleon)
+    lumina = u + 4.0 * (f - u)
+    np.testing.assert_allclose(ours(DEFAULTS["lumina"].guidance, nothing=u, image=u, example=u, full=f), lumina)
+    np.testing.assert_allclose(ours(Guidance(task=2.5), image=img, example=f, full=f), img + 2.5 * (f - img))
+
+
+def test_defaults_by_name(model):
+    prompts = ["remove the rain"]
+    want = model.text_to_image(prompts, temperature=0.7, top_p=0.9, guidance=3.0)
+    assert same(model.text_to_image(prompts, defaults="chameleon"), want)
+    assert not same(model.text_to_image(prompts, defaults="chameleon", guidance=1.0), want)
+    task, inputs = model.compile([example(2)]), images(3, 1)
+    want = model.generate(task, inputs, temperature=0.7, top_p=0.9, guidance=Guidance(image=1.2, text=3.0))
+    assert same(model.generate(task, inputs, defaults="anole"), want)
+    with pytest.raises(UserError, match="plain, chameleon, anole, lumina"):
+        model.generate(task, inputs, defaults="dalle")
+
+
+@pytest.mark.parametrize("decoding, bad", [("jacobi", np.nan), ("speculative", np.inf), ("sequential", np.nan)])
+def test_logits_that_are_no_numbers_are_told(model, decoding, bad):
+    params = flatten(model.decoder)
+    params["norm"] = params["norm"].at[0].set(bad)
+    broken = XPrompt(unflatten(model.decoder, params), model.vqgan, model.tokenizer, compute=FP32)
+    with pytest.raises(UserError, match="NaN or infinite") as error:
+        broken.text_to_image(["add rain"], decoding=decoding, window=4)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="NaN or infinite"):
+        broken.interleave(["add rain"], max_tokens=8)
+
+
+def test_too_much_for_the_memory_is_told():
+    with pytest.raises(UserError, match="does not fit the device's memory"), explained_memory():
+        jnp.zeros((1 << 46,), jnp.float32).block_until_ready()
+
+
 def test_guidance_moves_the_image(model):
     task, inputs = model.compile([example(2)]), images(3, 1)
     assert not same(model.generate(task, inputs, guidance=6.0), model.generate(task, inputs))
@@ -132,9 +183,10 @@ def test_text_to_image_and_stream(model):
     assert image.size == (16, 16)
     assert not same([image], model.text_to_image(["add rain"], seed=2))
     task, inputs = model.compile([example(2)]), images(3, 2)
-    partial = list(model.stream(task, inputs, seed=4))
-    assert len(partial) == model.config.vq.grid
-    assert same(partial[-1], model.generate(task, inputs, seed=4))
+    for decoding in ("jacobi", "speculative"):
+        partial = list(model.stream(task, inputs, seed=4, decoding=decoding))
+        assert len(partial) == model.config.vq.grid
+        assert same(partial[-1], model.generate(task, inputs, seed=4, decoding=decoding))
 
 
 def test_describe_writes_words_only(model):
@@ -180,7 +232,9 @@ def test_compiled_prompt_file(model, tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     ({"decoding": "beam"}, "jacobi or sequential"), ({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p"),
-    ({"num_images": 0}, "num_images"), ({"inputs": []}, "at least one input"),
+    ({"num_images": 0}, "num_images"), ({"inputs": []}, "at least one input"), ({"inputs": "a.png"}, "takes a list"),
+    ({"temperature": float("nan")}, "temperature"), ({"top_k": -1}, "top_k"), ({"guidance": float("inf")}, "guidance"),
+    ({"instruction": "rain " * 20_000}, "do not fit"), ({"task": []}, "at least one example"), ({"window": 0}, "window"),
 ])  # fmt: skip
 def test_bad_arguments(model, change, message):
     with pytest.raises(UserError, match=message):
@@ -193,4 +247,6 @@ def test_logits_checks_its_input(model):
         model.logits(ids, roles=np.full((1, 5), 2))
     with pytest.raises(UserError, match="ids must be"):
         model.logits(np.full((1, 5), 10_000))
+    with pytest.raises(UserError, match="at least one token"):
+        model.logits(np.zeros((0, 5), int))
     assert model.logits(ids).shape == (1, 5, TINY.vocab_size) and model.logits(ids).dtype == jnp.float32

@@ -10,18 +10,31 @@ from typing import Any, Literal
 class SamplingFlags:
     """How image codes are drawn; see `XPrompt.generate`."""
 
-    guidance: float = 1.0
+    defaults: Literal["plain", "chameleon", "anole", "lumina", "lumina-dense", "lumina2"] = "plain"
+    """What stands where guidance, temperature, top-k or top-p are not given: nothing narrowed, or what a family's authors publish."""
+    guidance: float | None = None
     """Scale on the example (or, where there is none, on the text); 1 is off."""
-    temperature: float = 1.0
+    temperature: float | None = None
     """0 takes the most likely token; for images that is usually dull."""
-    top_k: int = 0
+    top_k: int | None = None
     """Draw among the k most likely tokens; 0 is all."""
-    top_p: float = 1.0
+    top_p: float | None = None
     """Draw among the most likely tokens that hold this much probability."""
-    decoding: Literal["jacobi", "sequential"] = "jacobi"
-    """Several tokens at once, or one by one; both give the same images."""
+    decoding: Literal["jacobi", "speculative", "sequential"] = "jacobi"
+    """Several tokens at once with the same images as one by one; fewer passes, other images of the same distribution; or one by one."""
+    window: int = 16
+    """Tokens at once. 16 to 32 suit a few images, 4 to 8 a full batch of 16."""
 
     def sampling(self) -> dict[str, Any]:
-        """The flags as arguments of `XPrompt.generate` and `text_to_image`."""
-        names = ("guidance", "temperature", "top_k", "top_p", "decoding")
-        return {name: getattr(self, name) for name in names}
+        """The flags as arguments of `XPrompt.generate` and `text_to_image`, with the numbers that `defaults` stands for.
+
+        Raises:
+          UserError: a number out of its range.
+        """
+        from xprompt_jax.sample.defaults import defaults, override
+
+        drawn = override(defaults(self.defaults).image, self.temperature, self.top_k, self.top_p)
+        return {
+            "defaults": self.defaults, "guidance": self.guidance, "temperature": drawn.temperature, "top_k": drawn.top_k,
+            "top_p": drawn.top_p or 1.0, "decoding": self.decoding, "window": self.window,
+        }  # fmt: skip

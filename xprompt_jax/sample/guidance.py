@@ -8,13 +8,22 @@
 
     logits = nothing + image (image - nothing) + task (example - image) + text (full - example)
 
-All scales 1 is the full branch alone, one row. Chameleon's published formula is `Guidance(image=1.2, text=3.0)` without
-XP; a scale on the example alone ("task guidance") is `Guidance(task=2.0)`. Branches of weight zero are never computed.
+All scales 1 is the full branch alone, one row. Branches of weight zero are never computed: one scale takes two rows, or
+three where both neighbours stay. Where a row has no image and no example to lose, the branches above "full" are one.
+
+    ours, on the example     Guidance(task=t)            full + (t - 1)(example - image)
+    Chameleon, Anole         Guidance(image=i, text=t)   nothing + i (image - nothing) + t (full - image), facts: chameleon.md 4.1
+    Lumina-mGPT              Guidance(text=s)            u + s (full - u), u = what is there without the text
+
+Lumina's u sees the new image alone, without bos; ours keeps bos, which every row of X-Prompt training has.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+
+from xprompt_jax.errors import UserError
 
 BRANCHES = ("nothing", "image", "example", "full")
 
@@ -26,6 +35,11 @@ class Guidance:
     task: float = 1.0
     text: float = 1.0
     image: float = 1.0
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if not math.isfinite(value):
+                raise UserError(f"guidance on the {name} is {value}; it must be a finite number (1 is off)")
 
     def weights(self) -> dict[str, float]:
         """Weight of every branch that matters; they sum to 1."""

@@ -8,6 +8,8 @@ computes at once; that makes seeds mean something and lossless parallel decoding
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,33 +17,53 @@ import jax.numpy as jnp
 from xprompt_jax.errors import UserError
 
 
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a distribution is narrowed before a token is drawn. Defaults change nothing but the seedable draw."""
+    """How a distribution is narrowed before a token is drawn. Defaults change nothing but the seedable draw.
+
+    A pytree whose leaves are the temperature and top_p: other values of them do not compile anything again, another top_k
+    does.
+    """
 
     temperature: float = 1.0
+    """0 takes the most likely token."""
     top_k: int = 0
     """Keep the k most likely tokens, ties included; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the smallest set of most likely tokens with this much mass."""
+    top_p: float | None = 1.0
+    """Keep the smallest set of most likely tokens with this much mass; 1 (stored as None) keeps all."""
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise UserError(f"temperature {self.temperature} must not be negative (0 takes the most likely token)")
-        if self.top_k < 0:
-            raise UserError(f"top_k {self.top_k} must not be negative (0 keeps all tokens)")
-        if not 0 < self.top_p <= 1:
+        if not (self.temperature == 0 or 1e-3 <= self.temperature < math.inf):
+            raise UserError(f"temperature {self.temperature} must be 0 (takes the most likely token), or at least 0.001 and finite; "
+                            "it must not be negative")  # fmt: skip
+        if self.top_k < 0 or self.top_k != int(self.top_k):
+            raise UserError(f"top_k {self.top_k} must be a whole number and not be negative (0 keeps all tokens)")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p} must be in (0, 1]")
+        if self.top_p == 1:
+            object.__setattr__(self, "top_p", None)
+
+    def tree_flatten(self) -> tuple[tuple[Any, Any], int]:
+        """Leaves, and what programs are compiled for."""
+        return (self.temperature, self.top_p), self.top_k
+
+    @classmethod
+    def tree_unflatten(cls, top_k: int, leaves: tuple[Any, Any]) -> Sampling:
+        """The same object around traced values, which cannot be checked and were."""
+        self = object.__new__(cls)
+        for name, value in zip(("temperature", "top_k", "top_p"), (leaves[0], top_k, leaves[1]), strict=True):
+            object.__setattr__(self, name, value)
+        return self
 
 
 def narrow(logits: jax.Array, sampling: Sampling) -> jax.Array:
     """Temperature, then top-k, then top-p: float32 [..., V] -> [..., V] with -inf on what is cut."""
-    if sampling.temperature > 0:
-        logits = logits / sampling.temperature
+    logits = logits / jnp.where(sampling.temperature == 0, 1.0, sampling.temperature)
     if 0 < sampling.top_k < logits.shape[-1]:
         floor = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
         logits = jnp.where(logits < floor, -jnp.inf, logits)
-    if sampling.top_p < 1:
+    if sampling.top_p is not None:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         mass_before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
         floor = jnp.min(jnp.where(mass_before < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
@@ -58,10 +80,17 @@ def gumbel(keys: jax.Array, index: jax.Array, size: int) -> jax.Array:
 def choose(logits: jax.Array, noise: jax.Array, sampling: Sampling) -> jax.Array:
     """int32 [...]: one token per distribution [..., V]; the most likely one at temperature 0."""
     logits = narrow(logits.astype(jnp.float32), sampling)
-    return jnp.argmax(logits if sampling.temperature == 0 else logits + noise, axis=-1).astype(jnp.int32)
+    return jnp.argmax(logits + jnp.where(sampling.temperature == 0, 0.0, noise), axis=-1).astype(jnp.int32)
 
 
-def penalise_repeats(logits: jax.Array, seen: jax.Array, penalty: float) -> jax.Array:
+def probabilities(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """float32 [..., V]: the law that `choose` draws from."""
+    logits = narrow(logits.astype(jnp.float32), sampling)
+    greedy = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
+    return jnp.where(sampling.temperature == 0, greedy, jax.nn.softmax(logits, axis=-1))
+
+
+def penalise_repeats(logits: jax.Array, seen: jax.Array, penalty: jax.Array | float) -> jax.Array:
     """Makes tokens that were produced already less likely (Meta's text default is 1.2; 1 turns it off).
 
     Args:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xprompt_jax.config import ModelConfig
+from xprompt_jax.errors import UserError
 from xprompt_jax.model.cache import Cache, empty_cache, write
 from xprompt_jax.model.chameleon import Chameleon, extend
 from xprompt_jax.model.layers import rotary
@@ -23,6 +24,9 @@ from xprompt_jax.sample.compiled import CompiledPrompt
 
 PROMPT_STEP = 64
 """Prompts are padded to a multiple of this, so that few programs are compiled."""
+
+MAX_TOKENS = 16384
+"""Most tokens of a row, prompt and answer: three times the longest context that the family's papers name (5120)."""
 
 
 def prefill(
@@ -37,9 +41,16 @@ def prefill(
       prompts: per row, int32 [n] task tokens; may be empty.
       room: slots to keep free behind the longest row.
       dtype: of the cache.
+
+    Raises:
+      UserError: a prompt and what is to come after it are longer than MAX_TOKENS.
     """
+    longest = max(len(p) for p in prompts)
+    if longest + room > MAX_TOKENS:
+        raise UserError(f"a prompt of {longest} tokens and {room} to come do not fit {MAX_TOKENS}: shorten the text, give fewer images, "
+                        "or ask for less")  # fmt: skip
     batch, most = len(prompts), max((c.num_examples if c else 0) for c in contexts)
-    width = max(PROMPT_STEP, -(-max(len(p) for p in prompts) // PROMPT_STEP) * PROMPT_STEP)
+    width = max(PROMPT_STEP, -(-longest // PROMPT_STEP) * PROMPT_STEP)
     xp = next((c.k.shape[2] for c in contexts if c), 0)
     shape = (config.num_layers, batch, most * xp, config.num_kv_heads, config.head_dim)
     k, v = np.zeros(shape, np.float32), np.zeros(shape, np.float32)

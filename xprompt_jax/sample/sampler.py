@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
-from tqdm import tqdm
 
 from xprompt_jax.config import ComputeConfig, ModelConfig
 from xprompt_jax.data.images import Recipe, open_image, postprocess, preprocess
@@ -28,20 +27,20 @@ from xprompt_jax.model.params import flatten
 from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.prompt import DESCRIBE_QUESTION, Prompter, Role, Sample, SlotShape, fill, stack
 from xprompt_jax.sample.compiled import CompiledPrompt
+from xprompt_jax.sample.defaults import defaults as settings
+from xprompt_jax.sample.defaults import override
+from xprompt_jax.sample.draw import MAX_BATCH as MAX_BATCH
+from xprompt_jax.sample.draw import check_list, draw
 from xprompt_jax.sample.guidance import Guidance
 from xprompt_jax.sample.logits import Sampling
-from xprompt_jax.sample.prefill import PROMPT_STEP, prefill
-from xprompt_jax.sample.speculative import decode_image
-from xprompt_jax.sample.text import decode_text
+from xprompt_jax.sample.prefill import PROMPT_STEP
 from xprompt_jax.sample.thumbnails import thumbnail
+from xprompt_jax.sample.write import parts, write
 from xprompt_jax.tokens import Layout, Tokenizer
 
 log = logging.getLogger(__name__)
 
 ImageLike = Any  # a PIL image, a path, a uint8 array [height, width, 3], or codes of the model's VQGAN, int32 [grid, grid]
-
-MAX_BATCH = 16
-"""Images drawn at once; more are drawn in turns."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,11 +100,13 @@ class XPrompt:
         return fingerprint(self.config, flatten(self.decoder), self.tokenizer)
 
     @functools.cached_property
-    def _apart(self) -> Chameleon:
+    def layers_apart(self) -> Chameleon:
+        """The decoder as decoding reads it."""
         return jax.jit(unstacked)(self.decoder)
 
     @functools.cached_property
-    def _image_head(self) -> jax.Array:
+    def image_head(self) -> jax.Array:
+        """[D, codes], the head's columns of the image codes."""
         v = self.tokenizer.vocab
         head = self.decoder.head[...][:, v.image_start : v.image_start + v.num_codes]
         if not jnp.any(head):
@@ -159,8 +160,7 @@ class XPrompt:
         Raises:
           UserError: no example, or an image that cannot be read.
         """
-        if not examples:
-            raise UserError("compile needs at least one example")
+        check_list(examples, "compile", "example")
         codes = self.encode_images([image for e in examples for image in (e.input, e.output)])
         tokens = [self.prompter.example(e.instruction, codes[2 * i], codes[2 * i + 1]) for i, e in enumerate(examples)]
         return dataclasses.replace(
@@ -201,9 +201,9 @@ class XPrompt:
 
     def generate(
         self, task: CompiledPrompt | Sequence[CompiledPrompt] | Sequence[Example], inputs: Sequence[ImageLike],
-        instruction: str | None = None, *, seed: int = 0, num_images: int = 1, guidance: float | Guidance = 1.0,
-        decoding: str = "jacobi", window: int = 16, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-        progress: bool = False,
+        instruction: str | None = None, *, seed: int = 0, num_images: int = 1, defaults: str = "plain",
+        guidance: float | Guidance | None = None, temperature: float | None = None, top_k: int | None = None,
+        top_p: float | None = None, decoding: str = "jacobi", window: int = 16, progress: bool = False,
     ) -> list[PIL.Image.Image]:  # fmt: skip
         """Does to each input what the example shows.
 
@@ -213,30 +213,36 @@ class XPrompt:
           instruction: of the task; None takes the example's.
           seed: image j of every input depends on (seed, j) and its prompt alone, not on the batch.
           num_images: images per input.
+          defaults: name of the settings that stand where an argument is None; see sample/defaults.py.
           guidance: scale on the example, or a `Guidance`.
-          decoding: "jacobi" (parallel, same images) or "sequential" (one token at a time).
-          window: tokens per pass of "jacobi".
+          temperature, top_k, top_p: see `Sampling`.
+          decoding: "jacobi" (parallel, the same images as one by one), "speculative" (parallel, fewer passes; images depend
+            on the window, their distribution does not) or "sequential" (one token at a time).
+          window: tokens per pass of the parallel ones.
 
         Returns:
           PIL images, all of the first input first.
 
         Raises:
-          UserError: an unreadable input, a compiled prompt of another model, an unknown `decoding`.
+          UserError: an unreadable input, a compiled prompt of another model, an unknown name, a number out of its range, a
+            prompt too long, a model whose logits are no numbers.
         """
         *_, images = self.stream(
-            task, inputs, instruction, seed=seed, num_images=num_images, guidance=guidance, decoding=decoding,
-            window=window, temperature=temperature, top_k=top_k, top_p=top_p, progress=progress, partial=False,
+            task, inputs, instruction, seed=seed, num_images=num_images, defaults=defaults, guidance=guidance, temperature=temperature,
+            top_k=top_k, top_p=top_p, decoding=decoding, window=window, progress=progress, partial=False,
         )  # fmt: skip
         return images
 
     def stream(
         self, task, inputs: Sequence[ImageLike], instruction: str | None = None, *, seed: int = 0, num_images: int = 1,
-        guidance: float | Guidance = 1.0, decoding: str = "jacobi", window: int = 16, temperature: float = 1.0, top_k: int = 0,
-        top_p: float = 1.0, progress: bool = False, partial: bool = True,
+        defaults: str = "plain", guidance: float | Guidance | None = None, temperature: float | None = None, top_k: int | None = None,
+        top_p: float | None = None, decoding: str = "jacobi", window: int = 16, progress: bool = False, partial: bool = True,
     ) -> Iterator[list[PIL.Image.Image]]:  # fmt: skip
         """As `generate`, but yields all images after every row of codes; what is not drawn yet repeats the first code."""
-        if not inputs:
-            raise UserError("generate needs at least one input image")
+        check_list(inputs, "generate", "input image")
+        base = settings(defaults)
+        scale = base.guidance if guidance is None else Guidance.of(guidance)
+        sampling = override(base.image, temperature, top_k, top_p)
         contexts = self._contexts(task, len(inputs))
         codes = self.encode_images(inputs)
         branches: dict[str, list] = {"nothing": [], "image": [], "example": [], "full": []}
@@ -246,102 +252,104 @@ class XPrompt:
             branches["image"].append((self._no_example, self.prompter.task("", code)))
             branches["example"].append((context, self.prompter.task("", code)))
             branches["full"].append((context, self.prompter.task(text, code)))
-        options = Sampling(temperature, top_k, top_p)
-        scale = Guidance.of(guidance)
-        for drawn in self._draw(branches, codes, seed, num_images, scale, decoding, window, options, progress, partial):
+        for drawn in draw(
+            self, branches, codes, scale.weights(), seed=seed, num_images=num_images, decoding=decoding, window=window,
+            sampling=sampling, progress=progress, partial=partial,
+        ):  # fmt: skip
             yield self.decode_images(drawn)
 
     def text_to_image(
-        self, prompts: Sequence[str], *, seed: int = 0, num_images: int = 1, guidance: float | Guidance = 1.0,
-        decoding: str = "jacobi", window: int = 16, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-        progress: bool = False,
+        self, prompts: Sequence[str], *, seed: int = 0, num_images: int = 1, defaults: str = "plain",
+        guidance: float | Guidance | None = None, temperature: float | None = None, top_k: int | None = None,
+        top_p: float | None = None, decoding: str = "jacobi", window: int = 16, progress: bool = False,
     ) -> list[PIL.Image.Image]:  # fmt: skip
-        """Draws images of texts; a plain number as guidance is a scale on the text."""
-        if not prompts:
-            raise UserError("text_to_image needs at least one prompt")
-        scale = guidance if isinstance(guidance, Guidance) else Guidance(text=float(guidance))
+        """Draws images of texts; guidance is a scale on the text. Arguments and errors as of `generate`."""
+        check_list(prompts, "text_to_image", "prompt")
+        base = settings(defaults)
+        scale = base.guidance if guidance is None else guidance
+        text = scale.text if isinstance(scale, Guidance) else float(scale)  # there is no image and no example to be guided by
         nothing = [(None, np.zeros(0, np.int32))] * len(prompts)
-        full = [(None, self.prompter.text_task(p)) for p in prompts]
-        branches = {"nothing": nothing, "image": nothing, "example": nothing, "full": full}
-        options = Sampling(temperature, top_k, top_p)
-        *_, drawn = self._draw(branches, None, seed, num_images, scale, decoding, window, options, progress, False)
-        return self.decode_images(drawn)
-
-    def _draw(self, branches, drafts, seed, num_images, guidance, decoding, window, sampling, progress, partial):
-        """Draws in batches of MAX_BATCH; yields int32 [n, rows, columns] codes, all images each time."""
-        if decoding not in ("jacobi", "sequential"):
-            raise UserError(f"decoding {decoding!r} is unknown; use jacobi or sequential")
-        if num_images < 1 or window < 1:
-            raise UserError(f"num_images {num_images} and window {window} must be at least 1")
-        window = window if decoding == "jacobi" else 1
-        grid, weights = self.config.vq.grid, guidance.weights()
-        total = len(branches["full"]) * num_images
-        codes = np.zeros((total, grid, grid), np.int32)
-        with tqdm(total=total * grid * grid, unit="token", disable=not progress, desc="drawing") as bar:
-            for first in range(0, total, MAX_BATCH):
-                images = list(range(first, min(first + MAX_BATCH, total)))
-                padded = images + [images[-1]] * (_bucket(len(images)) - len(images))
-                rows = [branches[name][i // num_images] for name in weights for i in padded]
-                keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), i % num_images) for i in padded])
-                guess = np.zeros((len(padded), grid, grid), np.int32) if drafts is None else drafts[[i // num_images for i in padded]]
-                chunks = grid if partial or progress else 1
-                scales = np.array(list(weights.values()), np.float32)
-                for done, drawn in self._draw_batch(rows, scales, keys, guess, window, sampling, chunks):
-                    codes[images] = np.where(done, drawn[: len(images)], drawn[: len(images), :1, :1])
-                    bar.update(len(images) * grid * grid // chunks)
-                    if partial:
-                        yield codes.copy()
-        if not partial:
-            yield codes
-
-    def _draw_batch(self, rows, weights, keys, drafts, window, sampling, chunks):
-        """Yields (bool [grid, grid] of codes that are final, int32 [B, grid, grid] codes)."""
-        vocab, grid = self.tokenizer.vocab, self.config.vq.grid
-        template = self.prompter.layout.template(grid, grid)
-        places = np.nonzero(template == -1)[0]
-        guess = np.stack([self.prompter.layout.encode(d) for d in drafts])
-        pad = lambda ids: np.pad(ids, [(0, 0)] * (ids.ndim - 1) + [(0, window)], constant_values=vocab.eoi)
-        cache = prefill(
-            self._apart, self.config, [c for c, _ in rows], [p for _, p in rows], vocab.bos,
-            room=len(template) + window, dtype=self.compute.dtype,
+        branches = {"example": nothing, "full": [(None, self.prompter.text_task(p)) for p in prompts]}
+        *_, drawn = draw(
+            self, branches, None, Guidance(text=text).weights(), seed=seed, num_images=num_images, decoding=decoding, window=window,
+            sampling=override(base.image, temperature, top_k, top_p), progress=progress, partial=False,
         )  # fmt: skip
-        state = cache, jnp.asarray(pad(guess)), jnp.zeros(len(drafts), jnp.int32)
-        for chunk in range(1, chunks + 1):
-            final = chunk * grid * grid // chunks
-            cache, tokens, pos, _ = decode_image(
-                self._apart, self._image_head, np.int32(vocab.image_start), *state, pad(template), np.int32(places[final - 1]),
-                keys, weights, window=window, sampling=sampling,
-            )  # fmt: skip
-            state = cache, tokens, pos
-            codes = np.asarray(tokens)[:, places].reshape(-1, grid, grid) - vocab.image_start
-            yield (np.arange(grid * grid) < final).reshape(grid, grid), codes
+        return self.decode_images(drawn)
 
     # --- writing
 
-    def describe(
-        self, examples: CompiledPrompt | Sequence[Example], question: str = DESCRIBE_QUESTION, *, seed: int = 0, max_tokens: int = 256,
-        temperature: float = 0.0, top_p: float = 1.0, repetition_penalty: float = 1.0,
-    ) -> str:  # fmt: skip
-        """Answers a question about an example pair, which it sees through the XP tokens alone."""
-        vocab = self.tokenizer.vocab
-        context = self._contexts(examples, 1)[0]
-        prompt = self.prompter.text_task(question)
-        cache = prefill(self._apart, self.config, [context], [prompt[:-1]], vocab.bos, room=max_tokens + 1, dtype=self.compute.dtype)
-        allowed = np.zeros(self.config.vocab_size, bool)
-        allowed[: vocab.size] = vocab.text_mask
-        token, done = jnp.asarray(prompt[-1:]), jnp.zeros(1, bool)
-        seen = jnp.zeros((1, self.config.vocab_size), bool)
-        written: list[int] = []
-        keys = jax.random.fold_in(jax.random.key(seed), 0)[None]
-        steps = min(16, max_tokens)
-        while len(written) + steps <= max_tokens and not bool(done[0]):
-            cache, token, seen, done, new = decode_text(
-                self._apart, cache, token, jnp.int32(len(written)), seen, done, allowed, jnp.int32(vocab.eos), keys,
-                steps=steps, sampling=Sampling(temperature, 0, top_p), repetition_penalty=repetition_penalty,
-            )  # fmt: skip
-            written += np.asarray(new)[0].tolist()
-        end = written.index(vocab.eos) if vocab.eos in written else len(written)
-        return self.tokenizer.decode(written[:end]).strip()
+    def describe(self, examples: CompiledPrompt | Sequence[Example], question: str = DESCRIBE_QUESTION, **options: Any) -> str:
+        """Answers a question about an example pair, which it sees through the XP tokens alone; options of `describe_all`."""
+        return self.describe_all([examples], question, **options)[0]
+
+    def describe_all(
+        self, tasks: Sequence[CompiledPrompt | Sequence[Example]], question: str = DESCRIBE_QUESTION, *, seed: int = 0,
+        max_tokens: int = 256, defaults: str = "plain", temperature: float | None = None, top_k: int | None = None,
+        top_p: float | None = None, repetition_penalty: float | None = None,
+    ) -> list[str]:  # fmt: skip
+        """Answers a question about each of several tasks, all at once; see `interleave` for the options.
+
+        Raises:
+          UserError: as `interleave`.
+        """
+        check_list(tasks, "describe", "task")
+        base = settings(defaults)
+        contexts = [self._contexts(task, 1)[0] for task in tasks]
+        rows = write(
+            self, [(c, self.prompter.text_task(question)) for c in contexts], seed=seed, max_tokens=max_tokens, max_images=0, scale=1.0,
+            text=override(base.text, temperature, top_k, top_p), image=base.image,
+            repetition_penalty=base.repetition_penalty if repetition_penalty is None else repetition_penalty,
+        )  # fmt: skip
+        return [self.tokenizer.decode(row).strip() for row in rows]
+
+    def interleave(
+        self, prompts: Sequence[str | Sequence[str | ImageLike]], task: CompiledPrompt | Sequence[Example] | None = None, *,
+        seed: int = 0, max_tokens: int | None = None, max_images: int | None = None, defaults: str = "plain",
+        guidance: float | Guidance | None = None, text: Sampling | None = None, image: Sampling | None = None,
+        repetition_penalty: float | None = None,
+    ) -> list[list[str | PIL.Image.Image]]:  # fmt: skip
+        """Answers prompts of texts and images with texts and images, as the model likes.
+
+        Args:
+          prompts: each a text, or texts and images in their order, such as `["what is this?", photo]`; a str is always text.
+          task: compiled prompt or examples that all of them follow.
+          seed: an answer depends on it and on its own prompt, not on the batch.
+          max_tokens: of an answer; None leaves room for one image and 256 words. An image that cannot fit is not begun.
+          max_images: of an answer; 0 writes text alone (captions, questions about images).
+          defaults: name of the settings that stand where an argument is None; see sample/defaults.py.
+          guidance: scale on everything before an image, while it is drawn.
+          text, image: how words and codes are drawn.
+          repetition_penalty: makes words that were written already less likely; 1 is off.
+
+        Returns:
+          For each prompt its texts and PIL images in order; empty if the model has nothing to say.
+
+        Raises:
+          UserError: no prompt, an unreadable image, an unknown name, a number out of its range, a prompt too long, a model
+            whose logits are no numbers.
+        """
+        check_list(prompts, "interleave", "prompt")
+        base, frame = settings(defaults), self.prompter.layout.num_tokens(self.config.vq.grid, self.config.vq.grid)
+        scale = base.guidance if guidance is None else guidance
+        max_tokens = 256 + frame if max_tokens is None else max_tokens
+        context = None if task is None else self._contexts(task, 1)[0]
+        rows = write(
+            self, [(context, self._mixed(p)) for p in prompts], seed=seed, max_tokens=max_tokens,
+            max_images=max_tokens // frame if max_images is None else max_images,
+            scale=scale.text if isinstance(scale, Guidance) else float(scale), text=text or base.text, image=image or base.image,
+            repetition_penalty=base.repetition_penalty if repetition_penalty is None else repetition_penalty,
+        )  # fmt: skip
+        return [parts(self, row) for row in rows]
+
+    def _mixed(self, prompt: str | Sequence[str | ImageLike]) -> np.ndarray:
+        ids: list[int] = []
+        for piece in [prompt] if isinstance(prompt, str) else prompt:
+            ids += (
+                self.tokenizer.encode(piece)
+                if isinstance(piece, str)
+                else self.prompter.layout.encode(self.encode_images([piece])[0]).tolist()
+            )
+        return np.array([*ids, self.tokenizer.vocab.sep], np.int32)
 
     # --- the oracle
 
@@ -364,8 +372,8 @@ class XPrompt:
         groups = full(groups, np.zeros_like(ids))
         positions = full(positions, np.broadcast_to(np.arange(ids.shape[-1]), ids.shape))
         segments = full(segments, np.zeros_like(ids))
-        if ids.ndim != 2 or any(a.shape != ids.shape for a in (roles, groups, positions, segments)):
-            raise UserError("logits: ids, roles, groups, positions and segments must all be [B, L]")
+        if ids.ndim != 2 or not ids.size or any(a.shape != ids.shape for a in (roles, groups, positions, segments)):
+            raise UserError("logits: ids, roles, groups, positions and segments must all be [B, L], with at least one token")
         if not np.isin(roles, [r.value for r in Role]).all():
             raise UserError(f"logits: roles must be values of Role, {[r.value for r in Role]}")
         table = (roles != Role.XP) & (roles != Role.PAD)
@@ -385,8 +393,3 @@ class XPrompt:
 
 def _round_up(n: int, step: int) -> int:
     return max(step, -(-n // step) * step)
-
-
-def _bucket(n: int) -> int:
-    """The smallest power of two that holds n rows."""
-    return 1 << (n - 1).bit_length()

@@ -12,7 +12,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import pydantic
 
@@ -152,6 +152,9 @@ class BucketConfig:
             raise UserError(f"{section}: examples {self.examples} and context {self.context}: both are zero, or neither")
 
 
+Holdout = Literal["derain", "low_light", "add_remove", "depth_spectrum"]
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """What rows are made of. Every row is a pure function of (seed, step)."""
@@ -174,8 +177,15 @@ class DataConfig:
     """Allow the example to share its source image with the query."""
     generic_instruction: float = 0.2
     """Fraction of image rows whose instruction only says to do what the example shows."""
+    index: str | None = None
+    """File written by `xprompt index`: examples are drawn among the nearest pairs by instruction (RAIE, paper 3.3), and among those of the
+    same group where a pair has no neighbour that can be shown."""
     drop_example: float = 0.0
     """Fraction of in-context rows that lose their example, for guidance without it."""
+    holdouts: tuple[Holdout, ...] = ()
+    """Tasks that are not trained, so that they can be asked as novel ones (data/holdouts.py; paper, section 4.4)."""
+    strict_holdouts: bool = False
+    """Leave out their reverse direction as well, which the paper trains."""
     seed: int = 0
 
     def __post_init__(self):
@@ -183,6 +193,10 @@ class DataConfig:
         names = [b.name for b in self.buckets]
         if not names or len(set(names)) < len(names):
             raise UserError(f"data.buckets {names}: give at least one, each with a name of its own")
+
+
+LoraTarget = Literal["wq", "wk", "wv", "wo", "gate", "up", "down"]
+LORA_TARGETS: tuple[LoraTarget, ...] = get_args(LoraTarget)
 
 
 @dataclass(frozen=True)
@@ -203,15 +217,33 @@ class OptimConfig:
     """Largest global norm of the gradient; 0 turns clipping off."""
     xp_lr_multiplier: float = 1.0
     """Learning rate of the XP embeddings relative to the rest; they have no weight decay."""
-    trainable: Literal["all", "xp", "image_head"] = "all"
-    """all: everything. xp: the XP embeddings alone. image_head: head rows of the image tokens alone."""
+    trainable: Literal["all", "xp", "image_head", "lora"] = "all"
+    """all: everything. xp: the XP embeddings alone. image_head: head rows of the image tokens alone. lora: the XP embeddings, and
+    low-rank adapters that the exported model has merged into its matrices."""
+    lora_rank: int = 16
+    """Inner dimension of the adapters A B."""
+    lora_alpha: float = 16.0
+    """Adapters are multiplied by alpha / rank."""
+    lora_targets: tuple[LoraTarget, ...] = LORA_TARGETS
+    """Matrices of the blocks that get adapters."""
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which parameters that are not trained are kept. Chameleon's were published in bfloat16, which holds them exactly."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which Adam's moments are kept between steps; bfloat16 halves their memory and is rounded stochastically."""
+    offload: bool = False
+    """Keep Adam's moments in the host's memory, and on the device only while a step applies them."""
     ema_decay: float = 0.0
     """Exponential moving average of the weights, kept beside them; 0 turns it off."""
 
     def __post_init__(self):
         fractions = ("final_fraction", "beta1", "beta2", "ema_decay")
-        positive = ("learning_rate", "warmup_steps", "eps", "weight_decay", "clip_norm", "xp_lr_multiplier")
-        _check(self, "optim", **dict.fromkeys(fractions, (0, 1)), **dict.fromkeys(positive, (0, _ANY)))
+        positive = ("learning_rate", "warmup_steps", "eps", "weight_decay", "clip_norm", "xp_lr_multiplier", "lora_alpha")
+        _check(self, "optim", **dict.fromkeys(fractions, (0, 1)), **dict.fromkeys(positive, (0, _ANY)), lora_rank=(1, _ANY))
+        unknown = [name for name in self.lora_targets if name not in LORA_TARGETS]
+        if unknown or not self.lora_targets:
+            raise UserError(f"optim.lora_targets {list(self.lora_targets)}: give one or more of {', '.join(LORA_TARGETS)}")
+        if self.trainable == "all" and self.frozen_dtype != "float32":
+            raise UserError(f"optim.frozen_dtype {self.frozen_dtype}: nothing is frozen; set optim.trainable to xp, image_head or lora")
 
 
 @dataclass(frozen=True)

@@ -188,10 +188,25 @@ def test_filters_drop_and_hold_out(server, tmp_path):
     manifest, out = make_manifest(tmp_path, 4), tmp_path / "answers.jsonl"
     assert run(server, manifest, out, "holdout").answered == 4
     assert merge(manifest, out, tmp_path / "a.jsonl").filled == 4
-    assert [r.split for r in sources.manifest(tmp_path / "a.jsonl")] == ["eval"] * 4
+    assert [(r.split, r.holdout) for r in sources.manifest(tmp_path / "a.jsonl")] == [("eval", "yes")] * 4
+    server.script = lambda number, attempt, call: json.dumps({"reason": "it is recoloured", "answer": "no"})
+    assert run(server, manifest, tmp_path / "no.jsonl", "holdout").answered == 4
+    merge(manifest, tmp_path / "no.jsonl", tmp_path / "kept.jsonl")
+    assert {r.holdout for r in sources.manifest(tmp_path / "kept.jsonl")} == {"no"}
     server.script = lambda number, attempt, call: json.dumps({"reason": "I can't see a likeness", "answer": "no"})
     assert run(server, manifest, out, "style_same").answered == 1
     assert merge(manifest, out, tmp_path / "b.jsonl").dropped == 4
+
+
+def test_several_inputs_and_odd_characters_survive(server, tmp_path):
+    manifest, out = make_manifest(tmp_path, 1), tmp_path / "answers.jsonl"
+    row = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**row, "instruction": "one line\u2028of text", "more_inputs": [row["output"]]}, ensure_ascii=False))
+    run(server, manifest, out)
+    (tmp_path / "deep").mkdir()
+    merge(manifest, out, tmp_path / "deep" / "merged.jsonl")
+    (record,) = sources.manifest(tmp_path / "deep" / "merged.jsonl")
+    assert record.instruction == "one line\u2028of text" and [p.exists() for p in record.more_inputs] == [True]
 
 
 def test_captions_are_rewritten_but_a_tenth(server, tmp_path):

@@ -1,12 +1,25 @@
 """Nearest neighbours against brute force, and what the hashed encoder finds close."""
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
+from tests.helpers import TINY_VQ, tiny_tokenizer
+from tests.vision.made import clip_tensors, write_clip
+from xprompt_jax.cli import main
+from xprompt_jax.config import BucketConfig, DataConfig
+from xprompt_jax.data.pipeline import Rows
 from xprompt_jax.data.retrieval import HashedNgramEncoder, RetrievalIndex, build_index, neighbours
+from xprompt_jax.data.sources import Record
+from xprompt_jax.data.tokenise import tokenize
 from xprompt_jax.errors import UserError
+from xprompt_jax.model.vqgan import VQGAN
+from xprompt_jax.prompt import Prompter
+from xprompt_jax.tokens import Layout
+from xprompt_jax.vision.clip import CLIP
 
 
 @pytest.mark.parametrize("chunk", [7, 64, 1000])
@@ -101,3 +114,68 @@ def test_index_file_round_trips_and_knows_its_source(tmp_path):
     (tmp_path / "bad").write_bytes(b"x")
     with pytest.raises(UserError, match="not a readable index"):
         RetrievalIndex.load(tmp_path / "bad")
+
+
+def test_training_draws_retrieved_examples(tmp_path):
+    """Row i of the index is pair i of the store: examples come from it, fall back to the group, and an index of other pairs is refused."""
+    texts = ["add a red ball", "add a red ball", "add one red ball", "remove all rain", "paint a blue door", "paint a blue door"]
+    rng = np.random.default_rng(0)
+    records = [
+        Record(*rng.integers(0, 256, (2, 16, 16, 3), dtype=np.uint8), text, f"undo: {text}", group=group, split=split)
+        for text, group, split in zip(texts, "aabbcc", ["train", "train", "eval", "train", "train", "train"], strict=True)
+    ]
+    store = tokenize(records, VQGAN(TINY_VQ, jax.random.key(1)), tiny_tokenizer(), tmp_path / "store", progress=False)
+    index = build_index(tmp_path / "store", k=1)
+    index = dataclasses.replace(index, neighbours=np.where(np.arange(6)[:, None] == 4, -1, index.neighbours))  # one without neighbours
+    index.save(tmp_path / "store.index")
+    prompter = Prompter(tiny_tokenizer(), Layout("plain", tiny_tokenizer().vocab, TINY_VQ.downsample))
+    bucket = BucketConfig("in_context", examples=2, context=160, todo=160, answer=19, rows=2)
+    config = DataConfig(buckets=(bucket,), index=str(tmp_path / "store.index"), generic_instruction=0)
+    shown = {}
+    for split in ("train", "eval"):
+        episodes = Rows(store, prompter, config, 3, split=split)._episodes["in_context"]
+        for number, reverse in episodes.specs:
+            shown[number, reverse] = set(episodes._choose_partners(number, store.pairs[number], reverse, np.random.default_rng(1)))
+    for reverse in (False, True):
+        assert shown[0, reverse] == {1} and shown[1, reverse] == {0}
+        assert shown[2, reverse] <= {0, 1}  # of another group, and held out itself
+        assert shown[4, reverse] == {5}  # no neighbour: the group
+    assert shown[3, False] <= {0, 1, 4, 5}  # its group has no other training pair
+    with pytest.raises(UserError, match="have other pairs"):
+        Rows(dataclasses.replace(store, pairs=store.pairs[:-1]), prompter, config, 3)
+
+
+def test_an_index_made_with_clip_is_asked_through_the_same_clip(capsys, tmp_path):
+    """Through the command; the features are CLIP's, any copy of the weights serves, and another encoder is refused."""
+    texts = ["remove the rain", "make it night", "add a red ball", "make it a photo", "remove the rain"]
+    manifest = rows(tmp_path, *((f"{i}a", f"{i}b", text, "eval" if i == 4 else "train") for i, text in enumerate(texts)))
+    folder = str(write_clip(tmp_path / "clip"))
+    flags = ["index", "--data", str(manifest), "--out", str(tmp_path / "i"), "--neighbours", "2"]
+    main([*flags, "--encoder", "clip", "--clip", folder])
+    assert "i: 5 pairs, 4 instructions of training pairs" in capsys.readouterr().out
+    index, clip = RetrievalIndex.load(tmp_path / "i"), CLIP.load(folder)
+    assert index.encoder == clip.name and index.features.shape == (4, clip.dim)
+    np.testing.assert_allclose(index.features, clip(texts[:4]), atol=1e-6)
+    scores = clip(texts) @ clip(texts[:4]).T - np.eye(5, 4) * 9
+    np.testing.assert_array_equal(index.neighbours, np.argsort(-scores, axis=1)[:, :2])
+
+    copy = CLIP.load(write_clip(tmp_path / "copy", "flax"))
+    asked = "make it a red night"
+    found = index.retrieve(asked, 4, encoder=copy)
+    cosines = clip([asked])[0] @ clip(texts[:4]).T
+    assert [r.instruction for r, _ in found] == [texts[i] for i in np.argsort(-cosines)]
+    np.testing.assert_allclose([c for _, c in found], np.sort(cosines)[::-1], atol=1e-5)
+
+    with pytest.raises(UserError, match=f"was made with {clip.name}; give that encoder's folder with --clip"):
+        index.retrieve(asked)
+    other = CLIP.load(write_clip(tmp_path / "other", tensors=clip_tensors(1)))
+    with pytest.raises(UserError, match=f"was made with {clip.name}, not with {other.name}"):
+        index.retrieve(asked, encoder=other)
+    hashed = build_index(manifest, k=2)
+    assert hashed.encoder == HashedNgramEncoder().name
+    with pytest.raises(UserError, match="was made with hashed-ngram-512, not with clip-24-.*; leave --clip out"):
+        hashed.retrieve(asked, encoder=clip)
+    for wrong in (["--encoder", "clip"], ["--clip", folder]):
+        with pytest.raises(SystemExit):
+            main([*flags, *wrong])
+        assert "--encoder clip and --clip DIR belong together" in capsys.readouterr().err

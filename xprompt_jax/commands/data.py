@@ -13,18 +13,45 @@ from xprompt_jax.errors import UserError
 class Tokenize:
     """Turn pairs of images into a token store, once, for any number of training runs.
 
-    Give exactly one source: --manifest, --inputs with --outputs, or --world.
+    Give exactly one source: --dataset with --root, --manifest, --inputs with --outputs, --world, or --stores to make one of several.
 
     Examples:
-      xprompt tokenize --model demo/model --out data/rain --inputs rainy/ --outputs clean/ --task derain --instruction "remove the rain"
-      xprompt tokenize --model demo/model --out data/mine --manifest pairs.jsonl
-      xprompt tokenize --model demo/model --out data/world --world 2000 --photos ~/Pictures
+      xprompt tokenize --list
+      xprompt tokenize --model DIR --out data/gopro --dataset gopro --root ~/GoPro
+      xprompt tokenize --model DIR --out data/rain --inputs rainy/ --outputs clean/ --task derain --instruction "remove the rain"
+      xprompt tokenize --model DIR --out data/mine --manifest pairs.jsonl
+      xprompt tokenize --model DIR --out data/world --world 2000 --photos ~/Pictures
+      xprompt tokenize --out data/all --stores data/gopro data/rain data/mine
     """
 
-    model: str
+    model: str = ""
     """Model whose image and text tokenizers to use: a folder, or org/name on the Hugging Face hub."""
-    out: Path
+    out: Path | None = None
     """The store's folder."""
+    list: bool = False
+    """Show the datasets that --dataset takes, with their layouts, counts, licences and sources."""
+    dataset: str = ""
+    """One of the known datasets (--list)."""
+    root: Path | None = None
+    """Folder of the dataset's copy."""
+    split: str = ""
+    """One split of the dataset; by default all that are there. What does not begin with "train" is marked for evaluation."""
+    allow_partial: bool = False
+    """Accept a copy with another number of pairs than the dataset has, with a warning."""
+    palette: tuple[str, ...] = ("turbo",)
+    """Colours of depth; of several, every picture gets one."""
+    classes: Literal["max_separation", "painter"] = "max_separation"
+    """Colours of ADE20K's classes: ours, far apart, or Painter's."""
+    expert: Literal["a", "b", "c", "d", "e"] = "c"
+    """Whose retouching of FiveK."""
+    password: str = "MagicBrush"
+    """Of MagicBrush's test archive."""
+    min_score: float = 6.0
+    """Least aesthetic score of LAION's pictures."""
+    mirror: bool = False
+    """Add every training pair of --dataset once more, mirrored; normals and the words left and right are turned around."""
+    export: Path | None = None
+    """Instead of a store, write a manifest and its images into this folder, for `xprompt annotate`; needs no --model."""
     manifest: Path | None = None
     """JSONL file, one pair a line: {"input": "a.png", "output": "b.png", "instruction": "..."} (see docs/data.md)."""
     inputs: Path | None = None
@@ -43,19 +70,49 @@ class Tokenize:
     """Number of rendered task groups to make."""
     photos: Path | None = None
     """Folder of photographs for the tasks of --world that work on any image."""
+    stores: tuple[Path, ...] = ()
+    """Finished stores of one model, to be one."""
     eval_fraction: float = 0.05
-    """Held out for evaluation."""
+    """Held out for evaluation, where the source does not say."""
     recipe: Literal["meta", "hf"] = "meta"
     """Preprocessing of images: Meta's own, or Hugging Face's, which flips some codes."""
     seed: int = 0
     """Of --world."""
 
     def run(self) -> None:
-        """Writes the store."""
-        if sum(s is not None for s in (self.manifest, self.inputs or self.outputs, self.world)) != 1:
-            raise UserError("give one source: --manifest FILE, --inputs DIR --outputs DIR, or --world NUMBER")
+        """Prints the list, or writes the store."""
+        if self.list:
+            from xprompt_jax.data.datasets import table
+
+            print(table())
+            return
+        sources_given = (self.dataset or self.root, self.manifest, self.inputs or self.outputs, self.stores or None)
+        if sum(bool(s) for s in sources_given) + (self.world is not None) != 1:
+            raise UserError(
+                "give one source: --dataset NAME --root DIR, --manifest FILE, --inputs DIR --outputs DIR, --world NUMBER or --stores ..."
+            )
         if (self.inputs is None) != (self.outputs is None):
             raise UserError("--inputs and --outputs belong together; give both")
+        if bool(self.dataset) != (self.root is not None):
+            raise UserError("--dataset and --root belong together; give both")
+        if self.mirror and not self.dataset:
+            raise UserError("--mirror works on --dataset; leave it out")
+        if self.export is not None:
+            self._export(self.export)
+            return
+        if self.out is None:
+            raise UserError("--out is missing: the store's folder")
+        if self.stores:
+            from xprompt_jax.data.tokenise import merge
+
+            store = merge(self.stores, self.out)
+        else:
+            store = self._tokenize(self.out)
+        print(f"{self.out}: {len(store.pairs)} pairs, {len(store.codes)} images")
+
+    def _tokenize(self, out: Path):
+        if not self.model:
+            raise UserError("--model is missing: a model's folder, or org/name on the Hugging Face hub")
         from xprompt_jax.convert.formats import open_source
         from xprompt_jax.convert.weights import load_vqgan, tokenizer_of
         from xprompt_jax.data import sources
@@ -63,7 +120,11 @@ class Tokenize:
 
         source = open_source(self.model)
         vqgan, tokenizer = load_vqgan(source), tokenizer_of(source)
-        if self.manifest is not None:
+        total = None
+        if self.dataset:
+            records = self._pairs()
+            total = len(records)
+        elif self.manifest is not None:
             records = sources.manifest(self.manifest, eval_fraction=self.eval_fraction)
         elif self.inputs is not None and self.outputs is not None:
             records = sources.paired_folders(
@@ -76,8 +137,29 @@ class Tokenize:
             records = sources.world_pairs(
                 groups=self.world or 0, pairs_per_group=4, size=size, seed=self.seed, photos=photos, eval_fraction=self.eval_fraction
             )
-        store = tokenize(records, vqgan, tokenizer, self.out, recipe=self.recipe)
-        print(f"{self.out}: {len(store.pairs)} pairs, {len(store.codes)} images")
+        return tokenize(records, vqgan, tokenizer, out, recipe=self.recipe, total=total)
+
+    def _pairs(self):
+        """The pairs of --dataset."""
+        from xprompt_jax.data.datasets import Options, get_dataset
+        from xprompt_jax.data.flips import Mirrored
+        from xprompt_jax.data.palettes import get_palette
+
+        for name in self.palette:
+            get_palette(name)
+        options = Options(
+            palettes=self.palette, classes=self.classes, expert=self.expert, password=self.password, min_score=self.min_score,
+            eval_fraction=self.eval_fraction,
+        )  # fmt: skip
+        pairs = get_dataset(self.dataset).open(self.root or "", self.split, options=options, allow_partial=self.allow_partial)
+        return Mirrored(pairs) if self.mirror else pairs
+
+    def _export(self, folder: Path) -> None:
+        if not self.dataset:
+            raise UserError("--export writes out a --dataset; the other sources are files already")
+        from xprompt_jax.data.datasets.export import export
+
+        print(f"{folder / 'pairs.jsonl'}: {export(self._pairs(), folder)} pairs")
 
 
 @dataclass
@@ -142,7 +224,9 @@ class Index:
     The file serves two ends: `xprompt compile --index` finds the example of an instruction in it, and it lists for each pair the
     training pairs with the nearest instructions, never itself nor a pair that shares an image with it.
 
-    Example: xprompt index --data edits.jsonl --out edits.index
+    Examples:
+      xprompt index --data edits.jsonl --out edits.index
+      xprompt index --data edits.jsonl --out edits.index --encoder clip --clip clip-vit-base-patch32
     """
 
     data: Path
@@ -151,6 +235,10 @@ class Index:
     """The index file."""
     neighbours: int = 8
     """Nearest pairs to list for each pair."""
+    encoder: Literal["hashed", "clip"] = "hashed"
+    """What makes instructions near: shared words and letters, which needs no weights, or CLIP's text features, as in the paper."""
+    clip: Path | None = None
+    """Folder of CLIP's weights and tokenizer (a copy of openai/clip-vit-base-patch32), for --encoder clip."""
     eval_fraction: float = 0.05
     """Held out of a manifest without splits, as by `xprompt tokenize`; what is held out is nobody's neighbour."""
     seed: int = 0
@@ -160,9 +248,16 @@ class Index:
         """Writes the index."""
         if self.neighbours < 1:
             raise UserError("--neighbours must be at least 1")
+        if (self.encoder == "clip") != (self.clip is not None):
+            raise UserError("--encoder clip and --clip DIR belong together; give both")
         from xprompt_jax.data.retrieval import build_index
 
-        index = build_index(self.data, k=self.neighbours, eval_fraction=self.eval_fraction, seed=self.seed)
+        encoder = None
+        if self.clip is not None:
+            from xprompt_jax.vision.clip import CLIP
+
+            encoder = CLIP.load(self.clip)
+        index = build_index(self.data, k=self.neighbours, eval_fraction=self.eval_fraction, seed=self.seed, encoder=encoder)
         index.save(self.out)
         short = int((index.neighbours < 0).any(axis=1).sum())
         counts = f"{len(index.neighbours)} pairs, {len(index.features)} instructions of training pairs, {self.neighbours} neighbours each"

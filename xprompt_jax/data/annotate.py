@@ -283,15 +283,16 @@ class Merged:
 def merge(manifest: Path, annotations: Path, out: Path) -> Merged:
     """Writes a manifest whose rows have what the answers say.
 
-    Words fill empty fields (captions are replaced), a "no" to style_same or layout_same drops the row, a "yes" to holdout moves it to
-    the evaluation split, so that the task stays novel. Paths are written relative to `out`; all other fields stay as they were.
+    Words fill empty fields (captions are replaced), a "no" to style_same or layout_same drops the row, the answer to holdout is kept for
+    `data.holdouts`, and a "yes" moves the row to the evaluation split, so that the task stays novel. Paths are written relative to
+    `out`; all other fields stay as they were.
 
     Raises:
       UserError: a file that cannot be used, or answers to none of the manifest's rows.
     """
     answers = {row["key"]: row["parsed"] for row, _ in read_answers(annotations)}
     records = list(sources.manifest(manifest))
-    rows = [json.loads(line) for line in Path(manifest).read_text().splitlines() if line.strip()]
+    rows = [json.loads(line) for line in Path(manifest).read_text().split("\n") if line.strip()]
     lines, found, filled, dropped = [], 0, 0, 0
     for row, record in zip(rows, records, strict=True):
         replies = {kind: answers.get(request_for(record, manifest, kind).key) for kind in QUESTIONS}
@@ -305,11 +306,15 @@ def merge(manifest: Path, annotations: Path, out: Path) -> Merged:
             for name, field in QUESTIONS[kind].fills.items():
                 if QUESTIONS[kind].rewrites or not (row.get(name) or new.get(name)):
                     new[name] = parsed[field]
-        if "holdout" in said and said["holdout"]["answer"] == "yes":
-            new["split"] = "eval"
+        if "holdout" in said:
+            new["holdout"] = said["holdout"]["answer"]
+            if new["holdout"] == "yes":
+                new["split"] = "eval"
         filled += bool(new)
         for theirs in ("input_images", "output_image"):
             row.pop(theirs, None)
+        if record.more_inputs:
+            row["more_inputs"] = [_relative(path, out) for path in record.more_inputs]
         lines.append(json.dumps({**row, "input": _relative(record.input, out), "output": _relative(record.output, out), **new}) + "\n")
     if not found:
         raise UserError(f"{annotations}: answers to no row of {manifest}; give the manifest that the questions were made from")

@@ -125,8 +125,10 @@ def _to_rgb(image: PIL.Image.Image, recipe: Recipe) -> PIL.Image.Image:
     return PIL.Image.fromarray((rgba[..., :3] * alpha + 255.0 * (1.0 - alpha)).astype(np.uint8))
 
 
-def resize_center_crop(image: PIL.Image.Image, size: int, recipe: Recipe = "meta") -> np.ndarray:
+def resize_center_crop(image: PIL.Image.Image, size: int, recipe: Recipe = "meta", *, exact: bool = False) -> np.ndarray:
     """uint8 [size, size, 3]: short side to `size` (LANCZOS, long side as `recipe` has it), then the centre (offset rounded down).
+
+    With `exact`, the nearest pixel is taken instead: colours that stand for numbers are not mixed.
 
     Raises:
       UserError: the image is so narrow that its long side would become enormous; an unknown recipe.
@@ -136,7 +138,7 @@ def resize_center_crop(image: PIL.Image.Image, size: int, recipe: Recipe = "meta
     width, height = (round(side * (size / short)) if recipe == "meta" else int(size * side / short) for side in image.size)
     if width * height > MAX_PIXELS:
         raise UserError(f"an image of {image.width} x {image.height} is too narrow to be {size} pixels wide; crop it")
-    resized = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
+    resized = image.resize((width, height), PIL.Image.Resampling.NEAREST if exact else PIL.Image.Resampling.LANCZOS)
     left, top = (width - size) // 2, (height - size) // 2
     return np.asarray(resized.crop((left, top, left + size, top + size)))
 

@@ -146,6 +146,16 @@ def decode_normals(rgb) -> np.ndarray:
     return (normals / np.linalg.norm(normals, axis=-1, keepdims=True)).astype(np.float32)
 
 
+def mirror_normals(rgb: np.ndarray) -> np.ndarray:
+    """A picture of normals uint8 [h, w, 3] seen in a mirror: columns from right to left, and x, the red channel, negated.
+
+    Exact on the encoding: 255 - r is where -x is written. Black, which is unknown, stays black.
+    """
+    turned = np.asarray(rgb)[:, ::-1]
+    known = turned.any(axis=-1, keepdims=True)
+    return np.where(known, np.concatenate([255 - turned[..., :1], turned[..., 1:]], axis=-1), turned)
+
+
 @dataclass(frozen=True, eq=False)
 class ClassPalette:
     """One colour per class; black is kept for unlabelled pixels."""

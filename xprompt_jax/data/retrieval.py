@@ -1,9 +1,12 @@
 """Retrieval of examples by instruction (RAIE, paper section 3.3): text features and exact nearest neighbours.
 
-The paper uses CLIP B/32 text features and says the distance can be replaced. The encoder here needs no weights: it hashes
-words and letter triples, so that instructions that share words come close. Neighbours are exact, in slices of the keys.
+The paper uses CLIP B/32 text features (`vision.clip.CLIP` is such an encoder) and says the distance can be replaced. The encoder
+here needs no weights: it hashes words and letter triples, so that instructions that share words come close. Neighbours are exact,
+in slices of the keys.
 
     manifest or token store --build_index--> RetrievalIndex --save--> a file --load--> .neighbours for training, .retrieve for editing
+
+An index knows its encoder by name, and texts are compared with it through the same one only.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import re
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +33,27 @@ from xprompt_jax.data.tokenise import Store
 from xprompt_jax.errors import UserError
 from xprompt_jax.files import atomic_path
 
-FORMAT = "xprompt-index-1"
+FORMAT = "xprompt-index-2"
+HASHED = "hashed-ngram-"
 QUERIES_AT_ONCE = 1024
+
+
+class Encoder(Protocol):
+    """Texts -> unit vectors; their products are how near texts are."""
+
+    @property
+    def name(self) -> str:
+        """Equal for encoders that give equal vectors, and for no others."""
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [n, d], rows of length 1."""
 
 
 class HashedNgramEncoder:
     """Text -> unit vectors by feature hashing of words, word pairs and letter triples; no weights, stable everywhere."""
 
     def __init__(self, dim: int = 512):
-        self.dim = dim
+        self.dim, self.name = dim, f"{HASHED}{dim}"
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [n, dim], rows of length 1 (0 for a text without letters or digits)."""
@@ -122,13 +138,17 @@ class RetrievalIndex:
     """The manifest or store."""
     fingerprint: str
     """Of the source's table of pairs."""
+    rows: str
+    """Of the instructions and splits of all rows, so that a store of the same pairs is known by its own."""
+    encoder: str
+    """Name of the encoder that made `features`."""
 
     def save(self, path: str | Path) -> None:
         """Writes the file (safetensors), whole or not at all; it names its source relative to itself."""
         path = Path(path)
         header = {
-            "format": FORMAT, "encoder": f"hashed-ngram-{self.features.shape[1]}", "fingerprint": self.fingerprint,
-            "source": os.path.relpath(self.source.resolve(), path.resolve().parent),
+            "format": FORMAT, "encoder": self.encoder, "fingerprint": self.fingerprint,
+            "rows": self.rows, "source": os.path.relpath(self.source.resolve(), path.resolve().parent),
         }  # fmt: skip
         tensors = {name: getattr(self, name) for name in ("features", "instructions", "neighbours", "cosines")}
         with atomic_path(path) as temporary:
@@ -155,26 +175,47 @@ class RetrievalIndex:
         source = path.parent / header["source"]
         if _fingerprint(source) != header["fingerprint"]:
             raise UserError(f"{source}: has changed since {path} was made; run `xprompt index` again")
-        return cls(**tensors, source=source, fingerprint=header["fingerprint"])
+        return cls(**tensors, source=source, fingerprint=header["fingerprint"], rows=header["rows"], encoder=header["encoder"])
 
-    def retrieve(self, text: str, k: int = 1) -> list[tuple[sources.Record, float]]:
-        """The training pairs whose instructions are nearest to a text, with their cosines; equal ones in the manifest's order.
+    def neighbours_in(self, store: Store) -> np.ndarray:
+        """`neighbours` as pairs of a token store.
 
         Raises:
-          UserError: the index is of a token store, which has no image files, or k is out of range.
+          UserError: the store has other pairs than the index.
+        """
+        if _rows_fingerprint(store.pairs) != self.rows:
+            raise UserError(
+                f"the index of {self.source} and the token store have other pairs; index the store: `xprompt index --data STORE`"
+            )
+        return self.neighbours
+
+    def retrieve(self, text: str, k: int = 1, *, encoder: Encoder | None = None) -> list[tuple[sources.Record, float]]:
+        """The training pairs whose instructions are nearest to a text, with their cosines; equal ones in the manifest's order.
+
+        Args:
+          encoder: the one that the index was made with; an index of hashed features needs none.
+
+        Raises:
+          UserError: the index is of a token store, which has no image files, k is out of range, or the encoder is another one.
         """
         if self.source.is_dir():
             raise UserError(f"{self.source}: a token store has no image files; index its manifest")
         available = int((self.instructions >= 0).sum())
         if not 1 <= k <= available:
             raise UserError(f"{k} examples: the index has {available} training pairs")
-        cosines = (self.features @ HashedNgramEncoder(self.features.shape[1])([text])[0])[self.instructions]
+        if encoder is None and self.encoder.startswith(HASHED):
+            encoder = HashedNgramEncoder(self.features.shape[1])
+        if encoder is None or encoder.name != self.encoder:
+            given = f", not with {encoder.name}" if encoder else ""
+            cure = "leave --clip out" if self.encoder.startswith(HASHED) else "give that encoder's folder with --clip"
+            raise UserError(f"the index of {self.source} was made with {self.encoder}{given}; {cure}")
+        cosines = (self.features @ encoder([text])[0])[self.instructions]
         cosines[self.instructions < 0] = -np.inf
         records = list(sources.manifest(self.source))
         return [(records[i], float(cosines[i])) for i in np.argsort(-cosines, kind="stable")[:k]]
 
 
-def build_index(data: str | Path, *, k: int, eval_fraction: float = 0.0, seed: int = 0) -> RetrievalIndex:
+def build_index(data: str | Path, *, k: int, eval_fraction: float = 0.0, seed: int = 0, encoder: Encoder | None = None) -> RetrievalIndex:
     """Finds the k nearest training pairs of every pair by their instructions, exactly.
 
     Pairs that share an image, directly or through other pairs, are a session (the turns of one edited picture), and never neighbours:
@@ -184,6 +225,7 @@ def build_index(data: str | Path, *, k: int, eval_fraction: float = 0.0, seed: i
       data: a manifest (JSONL), or the folder of a token store.
       eval_fraction: held out of a manifest whose rows do not say.
       seed: chooses among pairs of the same instruction.
+      encoder: of the instructions; the default hashes words and letters.
 
     Raises:
       UserError: the data cannot be read, or has no training pair.
@@ -200,7 +242,7 @@ def build_index(data: str | Path, *, k: int, eval_fraction: float = 0.0, seed: i
     for i in training:
         having[number[rows[i].instruction]].append(i)
 
-    encoder = HashedNgramEncoder()
+    encoder = encoder or HashedNgramEncoder()
     features = encoder(texts)
     asked = list(dict.fromkeys(row.instruction for row in rows))
     # A text counts for nothing only if all its pairs are of the row's own session; so many texts more make k pairs certain.
@@ -224,7 +266,7 @@ def build_index(data: str | Path, *, k: int, eval_fraction: float = 0.0, seed: i
         for place, (j, cosine) in enumerate(chosen):
             found[i, place], cosines[i, place] = j, cosine
     held = np.array([number[row.instruction] if row.split == "train" else -1 for row in rows], np.int32)
-    return RetrievalIndex(features, held, found, cosines, data, _fingerprint(data))
+    return RetrievalIndex(features, held, found, cosines, data, _fingerprint(data), _rows_fingerprint(rows), encoder.name)
 
 
 def _draw(rows: list[int], count: int, sessions: Sequence[int], own: int, rng: np.random.Generator) -> list[int]:
@@ -266,3 +308,11 @@ def _fingerprint(source: Path) -> str:
         return hashlib.sha256(table.read_bytes()).hexdigest()[:16]
     except OSError as e:
         raise UserError(f"{table}: cannot read: {e.strerror}; the index belongs to it") from None
+
+
+def _rows_fingerprint(rows: Sequence) -> str:
+    """16 hex digits over the instruction and the split of every row."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(f"{row.split}\t{row.instruction}\n".encode())
+    return digest.hexdigest()[:16]

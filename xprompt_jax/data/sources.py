@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from xprompt_jax.data.images import list_images, open_image, resize_center_crop
+from xprompt_jax.data.readers.manifest import Manifest
 from xprompt_jax.errors import UserError
 
 
@@ -39,6 +39,12 @@ class Record:
     caption: str = ""
     """Of the input image; empty: it is not drawn from text."""
     split: str = "train"
+    more_inputs: tuple[Any, ...] = ()
+    """Further input images of a task that takes several (try-on, composition); such pairs have no example and are not reversed."""
+    exact: bool = False
+    """The output's colours stand for numbers: it is resized by the nearest pixel, never mixed."""
+    holdout: str = ""
+    """Whether the instruction adds or removes an object, as a judge answered: "yes", "no", or "" if nobody was asked."""
 
 
 def held_out(key: str, fraction: float) -> str:
@@ -76,40 +82,45 @@ def paired_folders(
 def manifest(path: str | Path, *, eval_fraction: float = 0.0) -> Iterator[Record]:
     """A JSONL file, one pair a line: {"input": ..., "output": ..., "instruction": ...}, and any other field of `Record`.
 
-    OmniGen's spelling ("input_images": [one], "output_image", "task_type") is read too. Paths are relative to the file.
+    OmniGen's spelling ("input_images": [...], "output_image", "task_type") is read too. Paths are relative to the file.
 
     Raises:
       UserError: naming the file and line of what cannot be used.
     """
-    path = Path(path)
+    rows = Manifest(path)
+    for row, number in zip(rows, rows.lines, strict=True):
+        yield manifest_record(row, rows.path, int(number), eval_fraction)
+
+
+def manifest_record(row: Mapping[str, Any], path: Path, number: int, eval_fraction: float = 0.0) -> Record:
+    """One row of a manifest; raises like `manifest`."""
+    row = dict(row)
+    del row["key"]
     names = {f.name for f in dataclasses.fields(Record)}
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot read: {getattr(e, 'strerror', None) or 'not a text file'}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise UserError(f"{path}, line {number}: not JSON ({e.msg}); write one object a line") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: not an object; write {{'input': ..., 'output': ..., 'instruction': ...}}")
-        if isinstance(row.get("input_images"), list) and len(row["input_images"]) == 1:
-            row["input"] = row.pop("input_images")[0]
-        for theirs, ours in (("output_image", "output"), ("task_type", "task")):
-            if theirs in row:
-                row[ours] = row.pop(theirs)
-        missing = [name for name in ("input", "output", "instruction") if not isinstance(row.get(name), str)]
-        unknown = sorted(row.keys() - names)
-        if missing or unknown:
-            problem = f"no text field {missing[0]!r}" if missing else f"unknown field {unknown[0]!r}"
-            raise UserError(f"{path}, line {number}: {problem}; fields are {', '.join(sorted(names))}")
-        row["input"], row["output"] = path.parent / row["input"], path.parent / row["output"]
-        row.setdefault("group", row.get("task", ""))
-        row.setdefault("split", held_out(str(row["input"]), eval_fraction))
-        yield Record(**row)
+    images = row.get("input_images")
+    if isinstance(images, list) and images:
+        del row["input_images"]
+        row |= {"input": images[0]} | ({"more_inputs": images[1:]} if images[1:] else {})
+    for theirs, ours in (("output_image", "output"), ("task_type", "task")):
+        if theirs in row:
+            row[ours] = row.pop(theirs)
+    missing = [name for name in ("input", "output", "instruction") if not isinstance(row.get(name), str)]
+    unknown = sorted(row.keys() - names)
+    more = row.get("more_inputs", [])
+    if missing or unknown or not (isinstance(more, list) and all(isinstance(name, str) for name in more)):
+        problem = (
+            f"no text field {missing[0]!r}"
+            if missing
+            else f"unknown field {unknown[0]!r}"
+            if unknown
+            else "'more_inputs' is no list of paths"
+        )
+        raise UserError(f"{path}, line {number}: {problem}; fields are {', '.join(sorted(names))}")
+    row["input"], row["output"] = path.parent / row["input"], path.parent / row["output"]
+    row["more_inputs"] = tuple(path.parent / name for name in more)
+    row.setdefault("group", row.get("task", ""))
+    row.setdefault("split", held_out(str(row["input"]), eval_fraction))
+    return Record(**row)
 
 
 def photographs(folder: str | Path, size: int) -> list[np.ndarray]:

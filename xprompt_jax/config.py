@@ -230,8 +230,6 @@ class OptimConfig:
     """Type in which parameters that are not trained are kept. Chameleon's were published in bfloat16, which holds them exactly."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which Adam's moments are kept between steps; bfloat16 halves their memory and is rounded stochastically."""
-    offload: bool = False
-    """Keep Adam's moments in the host's memory, and on the device only while a step applies them."""
     ema_decay: float = 0.0
     """Exponential moving average of the weights, kept beside them; 0 turns it off."""
 

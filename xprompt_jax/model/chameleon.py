@@ -92,7 +92,7 @@ class Chameleon(nnx.Module):
         self.head = normal(keys[1], (config.dim, config.vocab_size), config.dim**-0.5, dtype)
         self.norm = nnx.Param(jnp.ones(config.dim, dtype))
         self.xp = nnx.Param(init_xp(keys[2], self.embed[...], config.num_xp_tokens))
-        self.blocks: Any = Block(config, keys[3], dtype)  # all layers stacked; `unstacked` makes it a list of layers
+        self.blocks: Any = Block(config, keys[3], dtype)  # all layers stacked; `unstacked` makes it a list of layers, and adapters wrap it
 
     def hidden(
         self, ids: jax.Array, positions: jax.Array, shape: SlotShape, example_lengths: jax.Array, compute: ComputeConfig,
@@ -164,7 +164,7 @@ class Chameleon(nnx.Module):
         """x through all layers; returns (x, outputs of attend stacked over layers)."""
         num_layers = self.config.num_layers
         keys = None if key is None else jax.random.split(key, num_layers)
-        stacked = isinstance(self.blocks, Block)
+        stacked = not isinstance(self.blocks, nnx.List)
 
         def layer(x, scanned):
             block, key = scanned

@@ -28,10 +28,8 @@ from xprompt_jax.config import Config, load_json, to_json
 from xprompt_jax.errors import UserError
 from xprompt_jax.files import atomic_path
 from xprompt_jax.mesh import AnyProcess, make_mesh, report, shard_batch
-from xprompt_jax.model.chameleon import abstract_model
-from xprompt_jax.model.params import flatten, logical_axes
 from xprompt_jax.train.metrics import MetricWriter, padding_fraction
-from xprompt_jax.train.optim import Params, make_optimizer, split_trainable
+from xprompt_jax.train.optim import Params, make_optimizer, parameter_axes
 from xprompt_jax.train.state import TrainState, abstract_state, init_state
 from xprompt_jax.train.step import make_eval_step, make_train_step
 from xprompt_jax.train.watch import Diverged, Watch
@@ -73,12 +71,10 @@ def train(
     _claim(workdir, config)
     mesh = make_mesh(config.mesh)
     optimizer = make_optimizer(config.optim, config.train.steps)
-    model = flatten(abstract_model(config.model))
-    trainable, _ = jax.eval_shape(lambda p: split_trainable(p, config), model)
-    log.info("parameters:\n%s", report(model, logical_axes, mesh, {name.removesuffix(".image") for name in trainable}))
+    abstract = abstract_state(config, optimizer, mesh)
+    log.info("parameters:\n%s", report(abstract.frozen | abstract.params, parameter_axes, mesh, abstract.params))
 
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep, keep_best=config.train.keep_best)
-    abstract = abstract_state(config, optimizer, mesh)
     step, state = checkpoints.restore_newest(abstract) or (0, None)
     if state is None:
         state = init_state(config, optimizer, mesh, initial() if initial else None)

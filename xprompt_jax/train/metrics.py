@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import tensorboardX
 
-from xprompt_jax.config import Config, ModelConfig
+from xprompt_jax.config import Config, ModelConfig, OptimConfig
 from xprompt_jax.errors import UserError
 from xprompt_jax.files import atomic_path
 from xprompt_jax.prompt import SlotShape
@@ -40,21 +40,30 @@ def attention_pairs(shape: SlotShape) -> float:
     return examples * example + (1 + examples * xp + shape.todo) ** 2 / 2
 
 
-def row_flops(model: ModelConfig, shape: SlotShape, answers: int) -> float:
+def row_flops(model: ModelConfig, shape: SlotShape, answers: int, optim: OptimConfig | None = None) -> float:
     """Floating-point operations of one training row, forward and backward, without recomputation.
 
-    Matrix products cost 6 per parameter and token, attention 12 H K per pair; the head sees the answer tokens alone.
+    A matrix product costs 2 per parameter and token in the forward pass, 2 for the gradient of what goes in and 2 for that of its weights;
+    attention 4 H K per pair, and 8 in the backward pass. The head sees the answer tokens alone. What `optim` freezes has no gradient
+    of weights; and where nothing is trained below the head, there is no backward pass through the blocks.
     """
-    heads = model.num_heads + model.num_kv_heads
-    layer = 2 * model.dim * model.head_dim * heads + 3 * model.dim * model.ffn_dim
-    products = 6 * (model.num_layers * layer * shape.length + model.dim * model.vocab_size * answers)
-    return products + 12 * model.num_layers * model.num_heads * model.head_dim * attention_pairs(shape)
+    optim = optim or OptimConfig()
+    backward = optim.trainable != "image_head" and not (optim.trainable == "xp" and not shape.xp)
+    matrices = dict.fromkeys(("wq", "wo"), model.num_heads * model.head_dim) | dict.fromkeys(
+        ("wk", "wv"), model.num_kv_heads * model.head_dim
+    )
+    matrices |= dict.fromkeys(("gate", "up", "down"), model.ffn_dim)
+    learned = {"all": tuple(matrices), "lora": optim.lora_targets}.get(optim.trainable, ())
+    layer = sum(2 * (1 + backward + (name in learned)) * model.dim * width for name, width in matrices.items())
+    head = 2 * (1 + backward + (optim.trainable in ("all", "image_head"))) * model.dim * model.vocab_size
+    attention = (12 if backward else 4) * model.num_heads * model.head_dim
+    return model.num_layers * (layer * shape.length + attention * attention_pairs(shape)) + head * answers
 
 
 def step_flops(config: Config) -> float:
     """Floating-point operations of one step over all devices."""
     shapes = {b.name: SlotShape.of(b, config.model.num_xp_tokens, config.data.mode) for b in config.data.buckets}
-    return sum(b.rows * row_flops(config.model, shapes[b.name], b.answer) for b in config.data.buckets)
+    return sum(b.rows * row_flops(config.model, shapes[b.name], b.answer, config.optim) for b in config.data.buckets)
 
 
 def padding_fraction(batch: Mapping[str, Mapping[str, np.ndarray]]) -> float:

@@ -14,8 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from xprompt_jax.config import Config
 from xprompt_jax.mesh import sharding_for
 from xprompt_jax.model.chameleon import Chameleon
-from xprompt_jax.model.params import flatten, logical_axes
-from xprompt_jax.train.optim import IMAGE_HEAD, Params, split_trainable
+from xprompt_jax.model.params import flatten
+from xprompt_jax.train.lora import SCALE
+from xprompt_jax.train.optim import Params, parameter_axes, split_trainable
 
 
 @jax.tree_util.register_dataclass
@@ -26,7 +27,7 @@ class TrainState:
     params: Params
     """Trainable parameters, float32 masters."""
     frozen: Params
-    """The rest of the model; no gradient, no optimizer state."""
+    """The rest of the model, in `optim.frozen_dtype`; no gradient, no optimizer state."""
     opt_state: Any
     ema: Params
     """Moving average of `params`; empty when it is off."""
@@ -38,6 +39,8 @@ def make_state(config: Config, optimizer: optax.GradientTransformation, key: jax
     """A new state, from random weights or from `initial` (a flat dictionary of the whole decoder)."""
     params = flatten(Chameleon(config.model, key)) if initial is None else initial
     trainable, frozen = split_trainable({n: v.astype(jnp.float32) for n, v in params.items()}, config)
+    stored = jnp.dtype(config.optim.frozen_dtype)
+    frozen = {n: v if n == SCALE else v.astype(stored) for n, v in frozen.items()}
     ema = trainable if config.optim.ema_decay else {}
     return TrainState(trainable, frozen, optimizer.init(trainable), dict(ema), jnp.zeros((), jnp.int32))
 
@@ -49,14 +52,14 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
         name = next((k.key for k in reversed(path) if isinstance(k, jax.tree_util.DictKey) and _known(k.key)), None)
         if name is None or leaf.ndim == 0:
             return NamedSharding(mesh, PartitionSpec())
-        return sharding_for(mesh, logical_axes("head" if name == IMAGE_HEAD else name), leaf.shape)
+        return sharding_for(mesh, parameter_axes(name), leaf.shape)
 
     return jax.tree_util.tree_map_with_path(place, state)
 
 
 def _known(name: Any) -> bool:
     try:
-        logical_axes("head" if name == IMAGE_HEAD else name)
+        parameter_axes(name)
     except KeyError:
         return False
     return True

@@ -14,8 +14,9 @@ from xprompt_jax.errors import UserError
 from xprompt_jax.model.chameleon import abstract_model
 from xprompt_jax.model.params import unflatten
 from xprompt_jax.prompt import SlotShape
+from xprompt_jax.train.lora import attach
 from xprompt_jax.train.loss import Sums, cross_entropy, gather_answers
-from xprompt_jax.train.optim import Params, merge, schedule
+from xprompt_jax.train.optim import Params, assemble, schedule
 from xprompt_jax.train.state import TrainState
 
 Batches = Mapping[str, Mapping[str, jax.Array]]
@@ -28,7 +29,7 @@ def shapes_of(config: Config) -> dict[str, SlotShape]:
 
 
 def _bucket_sums(config: Config, params: Params, batch, shape: SlotShape, shards: int, key: jax.Array | None) -> Sums:
-    model = unflatten(abstract_model(config.model), params)
+    model = attach(unflatten(abstract_model(config.model), params), params)
     hidden = model.hidden(
         batch["ids"], batch["positions"], shape, batch["example_lengths"], config.compute, rate=config.train.dropout, key=key
     )
@@ -71,7 +72,7 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation, sha
             raise UserError(f"bucket {bucket.name!r}: {rows}, not a multiple of the {shards} devices of data x fsdp; change rows or --mesh")
 
     def loss(trainable: Params, frozen: Params, batches: Batches, key, total_weight: jax.Array):
-        params = merge(trainable, frozen)
+        params = assemble(trainable, frozen)
         keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True)) if config.train.dropout else {}
         sums = {name: _bucket_sums(config, params, batches[name], shapes[name], shards, keys.get(name)) for name in shapes}
         return sum(s.loss + config.train.z_loss * s.z for s in sums.values()) / total_weight, sums
@@ -112,7 +113,7 @@ def make_eval_step(config: Config) -> Callable:
     shapes = shapes_of(config)
 
     def step(state: TrainState, batches: Batches) -> dict[str, jax.Array]:
-        params = merge(state.ema or state.params, state.frozen)
+        params = assemble(state.ema or state.params, state.frozen)
         return _metrics(config, {name: _bucket_sums(config, params, batches[name], shapes[name], 1, None) for name in shapes})
 
     return jax.jit(step)

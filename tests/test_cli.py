@@ -16,7 +16,7 @@ from tests.helpers import FP32, TINY, tiny_tokenizer
 from xprompt_jax import CompiledPrompt, UserError, XPrompt
 from xprompt_jax.cli import COMMANDS, main
 from xprompt_jax.commands.data import Annotate
-from xprompt_jax.commands.evaluate import Evaluate
+from xprompt_jax.commands.evaluate import PAIR_SUITES
 from xprompt_jax.commands.train import load_config
 from xprompt_jax.config import Config, from_json, to_json
 from xprompt_jax.data.images import save_png
@@ -194,7 +194,7 @@ def test_annotate_asks_through_batch_files_and_merges(capsys, pictures, tmp_path
 def test_kinds_and_suites_of_the_command_line_are_those_of_the_library():
     kinds, _ = get_args(get_type_hints(Annotate)["kind"])
     assert get_args(kinds) == tuple(QUESTIONS)
-    assert get_args(get_type_hints(Evaluate)["suite"]) == tuple(SUITES)
+    assert tuple(PAIR_SUITES) == tuple(SUITES)
 
 
 def test_index_finds_the_example_that_compile_takes(capsys, model, pictures, tmp_path):
@@ -247,7 +247,7 @@ def test_tokenize_train_compile_sample_describe_convert(model, pictures, tmp_pat
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     drawn = sorted(p.name for p in (tmp_path / "drawn").iterdir())
-    assert drawn == ["0000-1-0.png", "0000-1-1.png", "0001-2-0.png", "0001-2-1.png"]
+    assert drawn == ["1-0.png", "1-1.png", "2-0.png", "2-1.png", "contact.png", "samples.jsonl"]
     assert PIL.Image.open(tmp_path / "drawn" / drawn[0]).size == (16, 16)
     other = ["--task", tmp_path / "t.xprompt", "--inputs", pictures / "in" / "1.png", "--out", tmp_path / "no"]
     result = run("sample", "--model", model, *other)

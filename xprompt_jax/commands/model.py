@@ -101,6 +101,8 @@ class Compile:
     """An index of a manifest, made by `xprompt index`, to take the examples from."""
     examples: int = 1
     """How many to take from --index."""
+    clip: Path | None = None
+    """The CLIP that --index was made with, where it was made with one."""
 
     def run(self) -> None:
         """Writes the compiled prompt."""
@@ -110,6 +112,8 @@ class Compile:
             raise UserError("give --inputs and --outputs, or --index FILE with --instruction")
         if self.examples < 1:
             raise UserError("--examples must be at least 1")
+        if self.clip is not None and self.index is None:
+            raise UserError("--clip is the encoder of --index; give that too")
         if self.index is not None and not self.instruction:
             raise UserError("--index needs --instruction: it finds the pairs whose instructions are nearest")
         from xprompt_jax import Example, XPrompt
@@ -127,7 +131,12 @@ class Compile:
         from xprompt_jax import Example
         from xprompt_jax.data.retrieval import RetrievalIndex
 
-        found = RetrievalIndex.load(path).retrieve(self.instruction, self.examples)
+        encoder = None
+        if self.clip is not None:
+            from xprompt_jax.vision.clip import CLIP
+
+            encoder = CLIP.load(self.clip)
+        found = RetrievalIndex.load(path).retrieve(self.instruction, self.examples, encoder=encoder)
         for record, cosine in found:
             print(f"{record.input} -> {record.output}: {record.instruction!r}, cosine {cosine:.2f}")
         return [Example(record.input, record.output, record.instruction) for record, _ in found]

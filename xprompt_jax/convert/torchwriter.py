@@ -15,6 +15,7 @@ import json
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -101,7 +102,7 @@ class TorchWriter:
     def __init__(self, path: str | Path, *, root: str | None = None):
         self.path, self._root = Path(path), root
         self._note = self.path.with_name(self.path.name + MARK)
-        noted = json.loads(self._note.read_text()) if self._note.exists() else {"size": 0, "zip": [], "tensors": []}
+        noted: dict[str, Any] = json.loads(self._note.read_text()) if self._note.exists() else {"size": 0, "zip": [], "tensors": []}
         self._tensors = [(name, np.dtype(STORAGES[kind]), tuple(shape)) for name, kind, shape in noted["tensors"]]
         self._zip = _StoredZip(self.path, noted["size"], [tuple(entry) for entry in noted["zip"]])
 

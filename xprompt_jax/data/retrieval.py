@@ -198,6 +198,10 @@ class RetrievalIndex:
         Raises:
           UserError: the index is of a token store, which has no image files, k is out of range, or the encoder is another one.
         """
+        return self.retrieve_all([text], k, encoder=encoder)[0]
+
+    def retrieve_all(self, texts: Sequence[str], k: int = 1, *, encoder: Encoder | None = None) -> list[list[tuple[sources.Record, float]]]:
+        """As `retrieve`, of many texts at once."""
         if self.source.is_dir():
             raise UserError(f"{self.source}: a token store has no image files; index its manifest")
         available = int((self.instructions >= 0).sum())
@@ -209,10 +213,12 @@ class RetrievalIndex:
             given = f", not with {encoder.name}" if encoder else ""
             cure = "leave --clip out" if self.encoder.startswith(HASHED) else "give that encoder's folder with --clip"
             raise UserError(f"the index of {self.source} was made with {self.encoder}{given}; {cure}")
-        cosines = (self.features @ encoder([text])[0])[self.instructions]
-        cosines[self.instructions < 0] = -np.inf
-        records = list(sources.manifest(self.source))
-        return [(records[i], float(cosines[i])) for i in np.argsort(-cosines, kind="stable")[:k]]
+        records, found = list(sources.manifest(self.source)), []
+        for feature in encoder(texts):
+            cosines = (self.features @ feature)[self.instructions]
+            cosines[self.instructions < 0] = -np.inf
+            found.append([(records[i], float(cosines[i])) for i in np.argsort(-cosines, kind="stable")[:k]])
+        return found
 
 
 def build_index(data: str | Path, *, k: int, eval_fraction: float = 0.0, seed: int = 0, encoder: Encoder | None = None) -> RetrievalIndex:

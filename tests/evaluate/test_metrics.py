@@ -24,6 +24,18 @@ def test_psnr_and_ssim_equal_scikit_image(images):
     assert metrics.ssim_skimage_default(a, b) == pytest.approx(skimage.structural_similarity(a, b, channel_axis=2), abs=1e-9)
 
 
+def test_matlab_3d_ssim_equals_scipy_on_a_volume(images):
+    filters = pytest.importorskip("scipy.ndimage")
+    a, b = (i.astype(float) for i in images)
+    smooth = lambda x: filters.gaussian_filter(x, 1.5, radius=5, mode="nearest")
+    c1, c2, mean_a, mean_b = 2.55**2, 7.65**2, smooth(a), smooth(b)
+    var_a, var_b, covariance = smooth(a * a) - mean_a**2, smooth(b * b) - mean_b**2, smooth(a * b) - mean_a * mean_b
+    expected = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    assert metrics.ssim_matlab_3d(*images) == pytest.approx(expected.mean(), abs=1e-9)
+    assert abs(metrics.ssim_matlab_3d(*images) - metrics.ssim_rgb_gaussian(*images)) > 0.01  # another number, as its name says
+    assert metrics.ssim_matlab_3d(images[0], images[0]) == pytest.approx(1)
+
+
 def test_y_protocols_equal_scikit_image_on_rounded_luma(images):
     color, skimage = pytest.importorskip("skimage.color"), pytest.importorskip("skimage.metrics")
     y = [np.rint(color.rgb2ycbcr(i)[..., 0]) for i in images]
@@ -100,6 +112,18 @@ def test_normal_angles():
     assert scores == pytest.approx({"mean": 52.5, "median": 15, "11.25": 0.5, "22.5": 0.75, "30": 0.75})
     assert metrics.normal_angles([guess], [truth], [np.array([[1, 1, 0, 0, 1]])])["mean"] == pytest.approx(5)
     assert np.isnan(metrics.normal_angles([guess], [truth * 0])["mean"])
+
+
+def test_median_angle_of_summed_histograms():
+    rng = np.random.default_rng(0)
+    truths = [rng.normal(size=(60, 70, 3)) for _ in range(3)]
+    guesses = [t + rng.normal(size=t.shape) * s for t, s in zip(truths, (0.1, 0.5, 2), strict=True)]
+    histogram = sum(metrics.angle_histogram(g, t) for g, t in zip(guesses, truths, strict=True))
+    assert metrics.median_angle(histogram) == pytest.approx(metrics.normal_angles(guesses, truths)["median"], abs=0.05)
+    assert np.isnan(metrics.median_angle(histogram * 0))
+    # Ten pixels between 20.0 and 20.1 degrees, two below: half of twelve is four tenths into the bin.
+    counts = np.bincount([3, 7] + [200] * 10, minlength=metrics.ANGLE_BINS)
+    assert metrics.median_angle(counts) == pytest.approx(20.04)
 
 
 def test_mean_iou_sums_counts_over_images():

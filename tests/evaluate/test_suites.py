@@ -15,7 +15,7 @@ from xprompt_jax.cli import main
 from xprompt_jax.data import palettes
 from xprompt_jax.data.images import open_image, resize_center_crop, save_png
 from xprompt_jax.data.sources import Record
-from xprompt_jax.evaluate import metrics
+from xprompt_jax.evaluate import metrics, runs
 from xprompt_jax.evaluate.pairs import ARMS, make_episodes, paired_bootstrap, run_pairs
 from xprompt_jax.evaluate.scores import summarise
 from xprompt_jax.evaluate.suites import SUITES, Depth, Labels, Metric, get_suite, reduce_sums
@@ -79,7 +79,7 @@ def test_pairs_through_the_command(capsys, model, folder, data, tmp_path):
     main(["eval", "pairs", "--model", str(folder), "--data", str(data / "pairs.jsonl"), "--out", str(tmp_path / "o"), *flags])
     printed = capsys.readouterr().out
     result = strict_json(tmp_path / "o" / "result.json")
-    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["index.html", "result.json", "scores.csv"]
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["images", "index.html", "result.json", "run.json", "scores.csv"]
     assert result["model"]["fingerprint"] == XPrompt.from_pretrained(folder).fingerprint and result["seed"] == 3
     assert result["versions"]["jax"] == jax.__version__ and result["sampling"]["top_k"] == 8
     assert result["data"] | {"path": "", "fingerprint": ""} == {
@@ -114,15 +114,23 @@ def test_pairs_through_the_command(capsys, model, folder, data, tmp_path):
     target = resize_center_crop(open_image(query["input"].replace("-0.png", "-1.png")), SIZE)
     assert query["scores"]["psnr_rgb"]["drawn"] == pytest.approx(metrics.psnr_rgb(np.asarray(drawn), target))
 
+    # The same from the words alone: whatever the example.
+    words = dataclasses.replace(model._no_example, instruction="paint the depth in grey")
+    (alone,) = model.generate(words, [query["input"]], seed=3, top_k=8)
+    assert query["scores"]["psnr_rgb"]["none"] == pytest.approx(metrics.psnr_rgb(np.asarray(alone), target))
+    assert not np.array_equal(alone, drawn) and result["scores"]["psnr_rgb"]["none"]["spread"] == 0
+
     # Means, spreads and the interval follow from the queries; the table and the page say the same.
     for metric, scores in result["scores"].items():
-        for arm in ARMS:
+        for arm in runs.ARMS:
             by_example = [np.mean([q["scores"][metric][arm] for q in result["queries"] if q["choice"] == c]) for c in (0, 1)]
             assert scores[arm]["by_example"] == pytest.approx(by_example)
             assert scores[arm]["mean"] == pytest.approx(np.mean(by_example))
             assert scores[arm]["spread"] == pytest.approx(abs(by_example[0] - by_example[1]) / np.sqrt(2))
-        gap = scores["drawn_minus_wrong"]
-        assert gap["mean"] == pytest.approx(scores["drawn"]["mean"] - scores["wrong"]["mean"]) and gap["low"] <= gap["mean"] <= gap["high"]
+        for control in ("wrong", "none"):
+            gap = scores[f"drawn_minus_{control}"]
+            assert gap["mean"] == pytest.approx(scores["drawn"]["mean"] - scores[control]["mean"])
+            assert gap["low"] <= gap["mean"] <= gap["high"]
     assert result["scores"]["psnr_rgb"]["copied"]["spread"] == 0
     with (tmp_path / "o" / "scores.csv").open() as f:
         table = list(csv.DictReader(f))
@@ -130,7 +138,7 @@ def test_pairs_through_the_command(capsys, model, folder, data, tmp_path):
     mean = result["scores"]["psnr_rgb"]["drawn"]["mean"]
     assert f"pairs psnr_rgb (dB): drawn {mean:.2f} ±" in printed and len(printed.splitlines()) == 5
     page = (tmp_path / "o" / "index.html").read_text()
-    assert f"{mean:.2f}" in page and page.count("<img") == 7 * 4
+    assert f"{mean:.2f}" in page and page.count("<img") == 8 * 4
 
 
 def test_derain_prints_the_paper_beside_and_scores_whole_images(capsys, model, folder, tmp_path):
@@ -270,9 +278,12 @@ def test_pooled_sums_equal_the_metrics_over_all_images():
 
     truths = [rng.normal(size=(5, 7, 3)) * (rng.random((5, 7, 1)) < p) for p in (1, 0.3, 0)]
     guesses = [rng.normal(size=(5, 7, 3)) for _ in truths]
-    (angle,) = SUITES["normals"].metrics
-    pooled = reduce_sums(angle.measure(g, t, t) for g, t in zip(guesses, truths, strict=True))
-    assert pooled == pytest.approx(metrics.normal_angles(guesses, truths)["mean"])
+    expected = metrics.normal_angles(guesses, truths)
+    for angle in SUITES["normals"].metrics:
+        pooled = angle.reduce(angle.measure(g, t, t) for g, t in zip(guesses, truths, strict=True))
+        key = angle.name.removeprefix("normal_angles_")
+        wanted = 100 * expected[key] if angle.unit == "%" else expected[key]
+        assert pooled == pytest.approx(wanted, **({"abs": 1.0} if key == "median" else {}))  # few pixels: the next one may be far
 
     truths = [rng.uniform(0, 11, (480, 640)).astype(np.float32), np.zeros((4, 4), np.float32), rng.uniform(0, 9, (6, 6)).astype(np.float32)]
     guesses = [rng.uniform(0, 11, t.shape).astype(np.float32) for t in truths]
@@ -301,15 +312,15 @@ def test_dense_suites_read_their_files_and_know_the_truth(capsys, folder, tmp_pa
     dense(tmp_path, suite)
     main(["eval", suite, "--model", str(folder), "--data", str(tmp_path), "--out", str(tmp_path / "o"), "--examples", "1"])
     assert "; paper: X-Prompt, Table 2" in capsys.readouterr().out
-    (scores,) = strict_json(tmp_path / "o" / "result.json")["scores"].values()
-    assert all(scores[arm]["mean"] is not None for arm in ARMS)
+    for scores in strict_json(tmp_path / "o" / "result.json")["scores"].values():
+        assert all(scores[arm]["mean"] is not None for arm in runs.ARMS)
     # A picture of the truth, drawn without fault at the model's size, is nearly or wholly right.
     table = get_suite(suite)
     truth = Record(tmp_path / "input" / "0.png", tmp_path / "target" / "0.png", "")
     _, after = table.read(truth, 48)
-    ((metric, sums),) = table.score(truth, {"drawn": after}, 48).items()
-    assert metric == table.metrics[0].name
-    score = reduce_sums([sums["drawn"]])
+    sums = table.score(truth, {"drawn": after}, 48)
+    assert list(sums) == [metric.name for metric in table.metrics]
+    score = reduce_sums([sums[table.metrics[0].name]["drawn"]])
     assert score == perfect if suite == "segmentation" else score < perfect
 
 

@@ -7,6 +7,20 @@ from typing import Any, Literal
 
 
 @dataclass(kw_only=True)
+class PrecisionFlags:
+    """What a model that draws keeps in fewer bits; see `XPrompt.from_pretrained`."""
+
+    weights: Literal["float", "int8"] = "float"
+    """int8 keeps the decoder's matrices in a byte a number: half the memory of bfloat16, for a little of the quality."""
+    cache: Literal["float", "int8"] = "float"
+    """int8 does the same with the keys and values of what is being drawn: it counts where many images are drawn at once."""
+
+    def precision(self) -> dict[str, str]:
+        """The flags as arguments of `XPrompt.from_pretrained`."""
+        return {"weights": self.weights, "cache": self.cache}
+
+
+@dataclass(kw_only=True)
 class SamplingFlags:
     """How image codes are drawn; see `XPrompt.generate`."""
 

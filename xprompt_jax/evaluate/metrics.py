@@ -6,7 +6,7 @@ The same pair of images differs by 5 dB between two papers' "PSNR", so no functi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -15,6 +15,9 @@ EIGEN_CROP = (slice(45, 471), slice(41, 601))
 
 DEPTH_RANGE = (1e-3, 10.0)
 """Metres: predictions are clipped to it, ground truth counts strictly inside it."""
+
+ANGLE_BINS = 1800
+"""Of an angle histogram, 0.1 degrees each."""
 
 # MATLAB's rgb2ycbcr, first row, for RGB on 0-255.
 _TO_Y = np.array([65.481, 128.553, 24.966]) / 255
@@ -60,23 +63,27 @@ def _gaussian_window() -> np.ndarray:
     return taps / taps.sum()
 
 
-def _filter_valid(x: np.ndarray, taps: np.ndarray) -> np.ndarray:
-    """Separable correlation of [h, w, c] along both sides, without padding."""
-    for axis in (0, 1):
+def _filter_valid(x: np.ndarray, taps: np.ndarray, axes: tuple[int, ...] = (0, 1)) -> np.ndarray:
+    """Separable correlation of [h, w, c] along `axes`, without padding."""
+    for axis in axes:
         windows = np.lib.stride_tricks.sliding_window_view(x, len(taps), axis=axis)
         x = windows @ taps
     return x
 
 
 def _ssim(image: np.ndarray, target: np.ndarray, taps: np.ndarray, unbias: float) -> float:
-    """Mean SSIM of [h, w, c] over the places where the window fits; peak 255, K1 0.01, K2 0.03."""
+    """Mean SSIM of [h, w, c] over the places where the window fits."""
     if min(image.shape[:2]) < len(taps):
         raise ValueError(f"images of {image.shape[1]} x {image.shape[0]} pixels are smaller than SSIM's window of {len(taps)}")
+    return _mean_similarity(image, target, lambda x: _filter_valid(x, taps), unbias)
+
+
+def _mean_similarity(image: np.ndarray, target: np.ndarray, smooth: Callable[[np.ndarray], np.ndarray], unbias: float) -> float:
+    """Mean SSIM from local means; peak 255, K1 0.01, K2 0.03."""
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    a, b = _filter_valid(image, taps), _filter_valid(target, taps)
-    var_a = unbias * (_filter_valid(image * image, taps) - a * a)
-    var_b = unbias * (_filter_valid(target * target, taps) - b * b)
-    covariance = unbias * (_filter_valid(image * target, taps) - a * b)
+    a, b = smooth(image), smooth(target)
+    var_a, var_b = unbias * (smooth(image * image) - a * a), unbias * (smooth(target * target) - b * b)
+    covariance = unbias * (smooth(image * target) - a * b)
     return float(np.mean((2 * a * b + c1) * (2 * covariance + c2) / ((a * a + b * b + c1) * (var_a + var_b + c2))))
 
 
@@ -97,6 +104,22 @@ def ssim_y(image, target) -> float:
     """Wang's SSIM of the Y channel of uint8 images (MPRNet, Restormer and Painter on rain)."""
     image, target = _pair(image, target)
     return _ssim(luma_matlab_uint8(image)[..., None], luma_matlab_uint8(target)[..., None], _gaussian_window(), 1.0)
+
+
+def ssim_matlab_3d(image, target) -> float:
+    """MATLAB's `ssim` of an [h, w, 3] array, which it takes for a volume: Gaussian window of 11 x 11 x 11, sigma 1.5, borders repeated.
+
+    Tables of GoPro use it (MPRNet, Restormer, NAFNet). It mixes the colours: another number than any SSIM of an image.
+    """
+    taps = _gaussian_window()
+
+    def smooth(x: np.ndarray) -> np.ndarray:
+        for axis in (2, 0, 1):  # colours first, or each image would be 13 deep on the way
+            border = [(len(taps) // 2,) * 2 if a == axis else (0, 0) for a in range(3)]
+            x = _filter_valid(np.pad(x, border, mode="edge"), taps, (axis,))
+        return x
+
+    return _mean_similarity(*_pair(image, target), smooth, 1.0)
 
 
 def _changed(source, target, threshold: float) -> np.ndarray:
@@ -153,6 +176,17 @@ def depth_rmse_pooled(predictions: Iterable, truths: Iterable) -> float:
     return float(np.sqrt(errors.mean())) if errors.size else float("nan")
 
 
+def _angles(prediction, truth, valid=None) -> np.ndarray:
+    """Degrees between the normals of one image's scored pixels."""
+    p, t = _pair(prediction, truth)
+    scored = np.any(t != 0, axis=-1)
+    if valid is not None:
+        scored &= np.asarray(valid, bool)
+    p, t = p[scored], t[scored]
+    # Better conditioned at 0 and 180 degrees than the arc cosine.
+    return np.degrees(np.arctan2(np.linalg.norm(np.cross(p, t), axis=-1), np.sum(p * t, axis=-1)))
+
+
 def normal_angles(predictions: Sequence, truths: Sequence, valid: Sequence | None = None) -> dict[str, float]:
     """Angles between normals, over the pixels of all images together (Bae et al.).
 
@@ -164,20 +198,28 @@ def normal_angles(predictions: Sequence, truths: Sequence, valid: Sequence | Non
     Returns:
       {"mean", "median"} in degrees; {"11.25", "22.5", "30"}: fractions of pixels below that many degrees.
     """
-    angles = []
-    for i, (p, t) in enumerate(zip(predictions, truths, strict=True)):
-        p, t = _pair(p, t)
-        scored = np.any(t != 0, axis=-1)
-        if valid is not None:
-            scored &= np.asarray(valid[i], bool)
-        p, t = p[scored], t[scored]
-        # Better conditioned at 0 and 180 degrees than the arc cosine.
-        angles.append(np.degrees(np.arctan2(np.linalg.norm(np.cross(p, t), axis=-1), np.sum(p * t, axis=-1))))
+    masks = [None] * len(truths) if valid is None else valid
+    angles = [_angles(p, t, mask) for p, t, mask in zip(predictions, truths, masks, strict=True)]
     pooled = np.concatenate(angles or [np.empty(0)])
     if not pooled.size:
         return dict.fromkeys(("mean", "median", "11.25", "22.5", "30"), float("nan"))
     below = {str(limit): float(np.mean(pooled < limit)) for limit in (11.25, 22.5, 30)}
     return {"mean": float(np.mean(pooled)), "median": float(np.median(pooled)), **below}
+
+
+def angle_histogram(prediction, truth) -> np.ndarray:
+    """How many pixels of one image have each angle between normals, int64 [ANGLE_BINS]; arguments as of `normal_angles`."""
+    return np.histogram(_angles(prediction, truth), ANGLE_BINS, (0, 180))[0]
+
+
+def median_angle(histogram: np.ndarray) -> float:
+    """Degrees below which half the pixels of a summed `angle_histogram` are, to a tenth of a degree; nan if there are none."""
+    if not (total := histogram.sum()):
+        return float("nan")
+    below = np.cumsum(histogram)
+    place = int(np.searchsorted(below, total / 2))
+    inside = (total / 2 - (below[place] - histogram[place])) / histogram[place]
+    return float((place + inside) * 180 / ANGLE_BINS)
 
 
 def mean_iou(predictions: Iterable, truths: Iterable, num_classes: int) -> float:

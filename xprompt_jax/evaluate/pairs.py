@@ -3,8 +3,8 @@
     records --make_episodes--> episodes --run_pairs--> outcomes --(metrics)--> scores
 
 Each query is drawn from several example pairs of its group, because the score depends on the pair that is shown. Beside what is
-drawn stand three controls: drawn from a wrong example under the right words, the input left as it is, and the target after the
-image tokenizer, which no model can beat.
+drawn stand the controls: drawn from a wrong example under the right words, perhaps drawn from the words alone, the input left as it
+is, and the target after the image tokenizer, which no model can beat.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 ARMS = ("drawn", "wrong", "copied", "ceiling")
 """What is compared with the target: drawn from the right example, drawn from a wrong one, the input, the target's reconstruction."""
 
-AT_ONCE = 32
-"""Episodes whose images are in memory together."""
+NO_EXAMPLE = "none"
+"""The arm of `run_pairs` that is drawn from the words alone: XP tokens that have seen nothing. It depends on the query, not the example."""
+
+AT_ONCE = 16
+"""Episodes that are drawn together: as much is lost at most when a run is killed."""
 PROMPTS = 64
 """Compiled prompts that are kept; one of a 7B model takes some 30 MB."""
 
@@ -113,8 +116,9 @@ def make_episodes(
 
 
 def run_pairs(
-    model: XPrompt, episodes: Sequence[Episode], *, read: Read | None = None, seed: int = 0, progress: bool = True, **sampling: Any
-) -> Iterator[Outcome]:
+    model: XPrompt, episodes: Sequence[Episode], *, read: Read | None = None, no_example: bool = False, seed: int = 0,
+    progress: bool = True, **sampling: Any,
+) -> Iterator[Outcome]:  # fmt: skip
     """Draws every episode from its example and from its wrong example, in batches.
 
     Examples are compiled once each. The words of the task are the query's own in both arms, so what the wrong example loses came
@@ -122,6 +126,7 @@ def run_pairs(
 
     Args:
       read: opens a record; the default is the centre crop that models are trained on.
+      no_example: draws every query without an example too, as the arm NO_EXAMPLE.
       sampling: temperature, top_k, top_p, guidance, decoding, window of `XPrompt.generate`.
 
     Yields:
@@ -150,13 +155,20 @@ def run_pairs(
             pictures = {key: read(record) for key, record in opened.items()}
             targets = [after for _, after in pictures.values()]
             ceilings = dict(zip(pictures, _arrays(model.decode_images(model.encode_images(targets))), strict=True))
-            inputs = [pictures[id(e.query)][0] for e in part]
+            inputs = [pictures[id(e.query)][0] for e in part] * 2
             prompts = [compiled(id(e.example))[0] for e in part] + [compiled(id(e.wrong), e.backwards)[0] for e in part]
-            prompts = [dataclasses.replace(p, instruction=e.query.instruction) for p, e in zip(prompts, [*part, *part], strict=True)]
-            images = _arrays(model.generate(prompts, inputs * 2, seed=seed, **sampling))
+            queries = [e.query for e in part] * 2
+            if no_example:
+                prompts, inputs = prompts + [model._no_example] * len(opened), inputs + [before for before, _ in pictures.values()]
+                queries += opened.values()
+            prompts = [dataclasses.replace(p, instruction=q.instruction) for p, q in zip(prompts, queries, strict=True)]
+            images = _arrays(model.generate(prompts, inputs, seed=seed, **sampling))
+            alone = dict(zip(opened, images[2 * len(part) :], strict=no_example))
             for i, e in enumerate(part):
                 before, after = pictures[id(e.query)]
                 arms = {"drawn": images[i], "wrong": images[len(part) + i], "copied": before, "ceiling": ceilings[id(e.query)]}
+                if no_example:
+                    arms[NO_EXAMPLE] = alone[id(e.query)]
                 yield Outcome(e, compiled(id(e.example))[1], arms, after)
             bar.update(len(part))
 

@@ -1,17 +1,15 @@
 """`xprompt eval`: a suite's episodes drawn and scored, written as numbers, a table and a page.
 
-`OUT/result.json` holds everything: what was measured and how, versions, scores, every query. `scores.csv` has one line for each
-query, example and metric, `index.html` the same to look at, with pictures.
+`OUT/images/` holds what was drawn (runs.py), `OUT/result.json` everything else: what was measured and how, versions, scores, every query.
+`scores.csv` has one line for each query, example and metric, `index.html` the same to look at, with pictures.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import csv
-import hashlib
-import importlib.metadata
-import json
-import math
-import platform
+import functools
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,25 +17,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
+from tqdm import tqdm
 
-from xprompt_jax.errors import UserError
-from xprompt_jax.evaluate.pairs import ARMS, Episode, Outcome, make_episodes, paired_bootstrap, run_pairs
+from xprompt_jax.evaluate.pairs import NO_EXAMPLE, Episode, paired_bootstrap
 from xprompt_jax.evaluate.report import ReportRow, Table, write_report
-from xprompt_jax.evaluate.suites import Metric, Suite, Sums, find_records, reduce_sums
+from xprompt_jax.evaluate.results import FORMAT, fingerprint, finite, read_json, versions, write_json
+from xprompt_jax.evaluate.runs import ARMS, OF_A_QUERY, OF_AN_EXAMPLE, Plan, draw_missing, make_plan, open_images
+from xprompt_jax.evaluate.suites import Metric, Suite, Sums
 from xprompt_jax.files import atomic_path
 
 if TYPE_CHECKING:
     from xprompt_jax.sample.sampler import XPrompt
 
-FORMAT = "xprompt-eval-1"
 SHOWN = 12
 """Rows of pictures on the page."""
-LIBRARIES = ("xprompt-jax", "jax", "jaxlib", "flax", "numpy", "pillow")
+WORKERS = 8
+"""Episodes that are scored at the same time, if there are so many processors."""
 
 NAMES = {
-    "drawn": "drawn from the right example", "wrong": "drawn from a wrong example", "copied": "the input, unchanged",
-    "ceiling": "the target through the image tokenizer",
+    "drawn": "drawn from the right example", "wrong": "drawn from a wrong example", "none": "drawn without an example",
+    "copied": "the input, unchanged", "ceiling": "the target through the image tokenizer",
 }  # fmt: skip
+CONTROLS = ("wrong", NO_EXAMPLE)
+"""Arms that the drawn one is compared with, query by query."""
 
 Scores = Sequence[Mapping[str, Mapping[str, Sums]]]
 """For each episode: metric -> arm -> sums."""
@@ -45,98 +47,129 @@ Scores = Sequence[Mapping[str, Mapping[str, Sums]]]
 
 def evaluate(
     model: XPrompt, suite: Suite, data: Path, out: Path, *, examples_from: Path | None = None, examples: int = 3, per_group: int = 0,
-    eval_fraction: float = 1.0, seed: int = 0, progress: bool = True, sampling: Mapping[str, Any] | None = None,
+    eval_fraction: float = 1.0, seed: int = 0, overwrite: bool = False, progress: bool = True, sampling: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Runs a suite and writes its three files.
+    """Runs a suite and writes its files; what `out` holds of the same run already is not drawn again.
 
     Args:
-      data: a manifest, or a folder in the suite's layout.
-      examples_from: another one, to take the example pairs from; without it, training pairs of `data`, or held-out ones set aside.
-      examples: example pairs of each group.
-      per_group: most queries of each group; 0 takes all.
-      eval_fraction: held out where a manifest does not say.
+      data, examples_from, examples, per_group, eval_fraction: see `make_plan`.
       seed: of the examples, the images and the bootstrap.
+      overwrite: draw again what other settings drew.
       sampling: see `run_pairs`.
 
     Returns:
       What result.json holds.
 
     Raises:
-      UserError: data is missing or cannot be read; says where it is expected.
+      UserError: data is missing or cannot be read (says where it is expected), or `out` holds images of other settings.
     """
-    size = model.config.vq.image_size
-    records = find_records(suite, data, eval_fraction=eval_fraction)
-    queries, shown = [r for r in records if r.split == "eval"], [r for r in records if r.split != "eval"]
-    if not queries:
-        raise UserError(f'--data {data}: no pair is held out; mark some "split": "eval", or give --eval-fraction')
-    if examples_from is not None:
-        shown = find_records(suite, examples_from, flag="--examples-from")
-        if missing := {r.group for r in queries} - {r.group for r in shown}:
-            raise UserError(f"--examples-from {examples_from}: no pair of group {min(missing)!r}, which --data asks for")
-    episodes = make_episodes(queries, shown, examples=examples, per_group=per_group, seed=seed)
-    sampling = dict(sampling or {})
+    plan = make_plan(
+        suite, data, examples_from=examples_from, examples=examples, per_group=per_group, eval_fraction=eval_fraction, seed=seed
+    )
+    draw_missing(model, plan, out, sampling=sampling or {}, overwrite=overwrite, progress=progress)
+    run = read_json(out / "run.json")
+    scores = score_plan(plan, out, run["image_size"], progress=progress)
+    result = finite(_result(plan, run, scores, model.config.num_xp_tokens))
+    write_json(out / "result.json", result)
+    _write_csv(out / "scores.csv", result)
+    _write_page(out / "index.html", suite, result, _rows(plan, out, run["image_size"], scores))
+    return result
 
-    scores: list[dict[str, dict[str, Sums]]] = []
-    rows: list[ReportRow] = []
-    shown_of, tasks = Counter[str](), len({e.query.task for e in episodes})
-    digest = hashlib.sha256()
-    for outcome in run_pairs(model, episodes, read=lambda r: suite.read(r, size), seed=seed, progress=progress, **sampling):
-        query = outcome.episode.query
-        scores.append(suite.score(query, outcome.images, size))
-        if outcome.episode.choice == 0:
-            digest.update(outcome.images["copied"].tobytes() + outcome.target.tobytes())
-            if len(rows) < SHOWN and shown_of[query.task] < max(1, SHOWN // tasks):
-                rows.append(_row(outcome, suite, scores[-1]))
-                shown_of[query.task] += 1
-    result = {
+
+def score_plan(plan: Plan, out: Path, size: int, *, progress: bool = True) -> list[dict[str, dict[str, Sums]]]:
+    """Scores every episode from its files.
+
+    Raises:
+      UserError: an image is missing or damaged.
+    """
+
+    one_of = {id(e.query): e for e in plan.episodes}
+
+    @functools.lru_cache(maxsize=2 * WORKERS)  # the examples of a query stand side by side
+    def of_query(key: int) -> dict[str, dict[str, Sums]]:
+        return score(one_of[key], OF_A_QUERY)
+
+    def score(episode: Episode, arms: Sequence[str]) -> dict[str, dict[str, Sums]]:
+        return plan.suite.score(episode.query, open_images(plan, out, episode, size, arms), size)
+
+    def whole(episode: Episode) -> dict[str, dict[str, Sums]]:
+        own, shared = score(episode, OF_AN_EXAMPLE), of_query(id(episode.query))
+        return {metric: {**own[metric], **shared[metric]} for metric in own}
+
+    with concurrent.futures.ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as pool:
+        done = tqdm(pool.map(whole, plan.episodes), total=len(plan.episodes), unit="episode", desc="scoring", disable=not progress)
+        return list(done)
+
+
+def _result(plan: Plan, run: Mapping[str, Any], scores: Scores, xp_tokens: int) -> dict[str, Any]:
+    suite, episodes, size = plan.suite, plan.episodes, run["image_size"]
+    return {
         "format": FORMAT,
         "suite": suite.name,
         "measures": suite.measures,
-        "model": {"fingerprint": model.fingerprint, "image_size": size, "xp_tokens": model.config.num_xp_tokens},
+        "model": {"fingerprint": run["model"], "image_size": size, "xp_tokens": xp_tokens},
         "data": {
-            "path": str(data), "examples_from": str(examples_from) if examples_from else None, "fingerprint": digest.hexdigest()[:16],
-            "queries": len({id(e.query) for e in episodes}), "groups": len({e.query.group for e in episodes}),
-            "episodes": len(episodes), "wrong_example": _what_is_wrong(episodes),
+            "path": plan.where["data"], "examples_from": plan.where["examples_from"],
+            "fingerprint": fingerprint(*sorted(plan.marks.values())),
+            "queries": len(plan.marks), "groups": len({e.query.group for e in episodes}), "episodes": len(episodes),
+            "wrong_example": _what_is_wrong(episodes),
         },
         "protocol": {
             "frame": _frame(suite, size),
             "metrics": {m.name: {"protocol": m.protocol, "unit": m.unit, "better": m.better} for m in suite.metrics},
             "mean": "over the examples, of the score over all queries drawn from example number j of their group",
             "spread": "sample standard deviation of the same over the examples",
-            "drawn_minus_wrong": "paired bootstrap over queries, examples averaged first, 5000 resamples, 95 % percentile interval",
+            "drawn_minus": "paired bootstrap over queries, examples averaged first, 5000 resamples, 95 % percentile interval",
         },
-        "seed": seed,
-        "sampling": sampling,
+        "seed": run["seed"],
+        "sampling": run["sampling"],
         "versions": versions(),
-        "scores": {m.name: summarise(m, episodes, scores, seed) for m in suite.metrics},
+        "scores": summarise_all(plan, scores),
         "published": {"source": "arXiv 2412.01824", "rows": suite.published, "note": suite.note},
-        "queries": [_query(e, s) for e, s in zip(episodes, scores, strict=True)],
+        "queries": list_queries(plan, scores),
     }  # fmt: skip
-    result = _finite(result)
-    with atomic_path(out / "result.json") as temporary:
-        temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
-    _write_csv(out / "scores.csv", result)
-    _write_page(out / "index.html", suite, result, rows)
-    return result
+
+
+def summarise_all(plan: Plan, scores: Scores) -> dict[str, dict[str, Any]]:
+    """Metric -> `summarise`."""
+    return {m.name: summarise(m, plan.episodes, scores, plan.settings["seed"]) for m in plan.suite.metrics}
+
+
+def list_queries(plan: Plan, scores: Scores) -> list[dict[str, Any]]:
+    """What result.json says of each episode."""
+    name = lambda image: str(image) if isinstance(image, str | Path) else None
+    return [
+        {
+            "number": plan.numbers[id(e.query)], "input": name(e.query.input), "target": name(e.query.output),
+            "sha256": plan.marks[id(e.query)], "example": name(e.example.input), "wrong": name(e.wrong.input), "choice": e.choice,
+            "task": e.query.task, "group": e.query.group,
+            "scores": {m.name: {arm: m.reduce([sums]) for arm, sums in s[m.name].items()} for m in plan.suite.metrics},
+        }
+        for e, s in zip(plan.episodes, scores, strict=True)
+    ]  # fmt: skip
 
 
 def summarise(metric: Metric, episodes: Sequence[Episode], scores: Scores, seed: int = 0) -> dict[str, Any]:
-    """Of each arm the score from every example, its mean and spread; and the interval of drawn - wrong."""
+    """Of each arm the score from every example, its mean and spread; and the intervals of drawn - wrong and of drawn - none."""
     choices = sorted({e.choice for e in episodes})
+    arms = scores[0][metric.name]
     summary: dict[str, Any] = {}
-    for arm in ARMS:
+    for arm in arms:
         by_example = [
-            reduce_sums(s[metric.name][arm] for e, s in zip(episodes, scores, strict=True) if e.choice == choice) for choice in choices
+            metric.reduce(s[metric.name][arm] for e, s in zip(episodes, scores, strict=True) if e.choice == choice) for choice in choices
         ]
         with np.errstate(invalid="ignore"):  # infinities have no spread
             spread = float(np.std(by_example, ddof=1)) if len(by_example) > 1 else None
         summary[arm] = {"mean": float(np.mean(by_example)), "spread": spread, "by_example": by_example}
-    per_query: dict[int, list[float]] = {}
-    for e, s in zip(episodes, scores, strict=True):
-        drawn, wrong = (reduce_sums([s[metric.name][arm]]) for arm in ("drawn", "wrong"))
-        per_query.setdefault(id(e.query), []).append(drawn - wrong)
-    mean, low, high = paired_bootstrap([float(np.mean(d)) for d in per_query.values()], seed=seed)
-    summary["drawn_minus_wrong"] = {"mean": mean, "low": low, "high": high}
+    for control in CONTROLS:
+        if control not in arms:
+            continue
+        per_query: dict[int, list[float]] = {}
+        for e, s in zip(episodes, scores, strict=True):
+            drawn, other = (metric.reduce([s[metric.name][arm]]) for arm in ("drawn", control))
+            per_query.setdefault(id(e.query), []).append(drawn - other)
+        mean, low, high = paired_bootstrap([float(np.mean(d)) for d in per_query.values()], seed=seed)
+        summary[f"drawn_minus_{control}"] = {"mean": mean, "low": low, "high": high}
     return summary
 
 
@@ -177,37 +210,6 @@ def _what_is_wrong(episodes: Sequence[Episode]) -> str:
     return "a pair of another task"
 
 
-def _query(episode: Episode, scores: Mapping[str, Mapping[str, Sums]]) -> dict[str, Any]:
-    name = lambda image: str(image) if isinstance(image, str | Path) else None
-    return {
-        "input": name(episode.query.input), "example": name(episode.example.input), "wrong": name(episode.wrong.input),
-        "choice": episode.choice, "task": episode.query.task, "group": episode.query.group,
-        "scores": {metric: {arm: reduce_sums([sums]) for arm, sums in arms.items()} for metric, arms in scores.items()},
-    }  # fmt: skip
-
-
-def versions() -> dict[str, str]:
-    """Of the interpreter and of the libraries that decide numbers."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # run from a checkout
-            import xprompt_jax
-
-            found[name] = xprompt_jax.__version__
-    return found
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinities: what is not finite becomes null (the PSNR of equal images, a score of nothing)."""
-    if isinstance(value, Mapping):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _write_csv(path: Path, result: Mapping[str, Any]) -> None:
     with atomic_path(path) as temporary, temporary.open("w", newline="") as f:
         writer = csv.writer(f)
@@ -218,16 +220,25 @@ def _write_csv(path: Path, result: Mapping[str, Any]) -> None:
                 writer.writerow([*head, metric, *(arms[arm] for arm in ARMS)])
 
 
-def _row(outcome: Outcome, suite: Suite, scores: Mapping[str, Mapping[str, Sums]]) -> ReportRow:
-    query, pictures = outcome.episode.query, outcome.images
-    metric = suite.metrics[0]
-    shown = (
-        ("example input", outcome.example[0]), ("example output", outcome.example[1]), ("input", pictures["copied"]),
-        ("generated", pictures["drawn"]), ("target", outcome.target), ("from a wrong example", pictures["wrong"]),
-        ("ceiling", pictures["ceiling"]),
-    )  # fmt: skip
-    numbers = tuple((f"{metric.name}, {arm}", f"{reduce_sums([sums]):.{_digits(metric)}f}") for arm, sums in scores[metric.name].items())
-    return ReportRow(query.task or suite.name, query.instruction, tuple((label, _small(image)) for label, image in shown), numbers)
+def _rows(plan: Plan, out: Path, size: int, scores: Scores) -> list[ReportRow]:
+    """The first queries of each task."""
+    rows: list[ReportRow] = []
+    shown, tasks, metric = Counter[str](), len({e.query.task for e in plan.episodes}), plan.suite.metrics[0]
+    for episode, sums_of in zip(plan.episodes, scores, strict=True):
+        query = episode.query
+        if episode.choice or len(rows) == SHOWN or shown[query.task] == max(1, SHOWN // tasks):
+            continue
+        shown[query.task] += 1
+        images, example = open_images(plan, out, episode, size), plan.suite.read(episode.example, size)
+        pictures = (
+            ("example input", example[0]), ("example output", example[1]), ("input", images["copied"]), ("generated", images["drawn"]),
+            ("target", plan.suite.read(query, size)[1]), ("from a wrong example", images["wrong"]), ("without an example", images["none"]),
+            ("ceiling", images["ceiling"]),
+        )  # fmt: skip
+        numbers = tuple((f"{metric.name}, {arm}", f"{metric.reduce([s]):.{_digits(metric)}f}") for arm, s in sums_of[metric.name].items())
+        small = tuple((label, _small(image)) for label, image in pictures)
+        rows.append(ReportRow(query.task or plan.suite.name, query.instruction, small, numbers))
+    return rows
 
 
 def _small(image: np.ndarray, side: int = 256) -> np.ndarray:
@@ -243,8 +254,9 @@ def _write_page(path: Path, suite: Suite, result: Mapping[str, Any], rows: Seque
         scores, digits = result["scores"][metric.name], _digits(metric)
         text = lambda value, digits=digits: "" if value is None else f"{value:.{digits}f}"
         body = [(NAMES[arm], text(scores[arm]["mean"]), text(scores[arm]["spread"])) for arm in ARMS]
-        gap = scores["drawn_minus_wrong"]
-        body.append(("drawn - wrong, 95 % interval", text(gap["mean"]), f"{text(gap['low'])} to {text(gap['high'])}"))
+        for control in CONTROLS:
+            gap = scores[f"drawn_minus_{control}"]
+            body.append((f"drawn - {control}, 95 % interval", text(gap["mean"]), f"{text(gap['low'])} to {text(gap['high'])}"))
         paper = [(row, columns[metric.column]) for row, columns in suite.published.items() if metric.column in columns]
         body += [(f"published: {row}", text(value), "") for row, value in paper]
         unit = f" in {metric.unit}" if metric.unit else ""
@@ -252,7 +264,8 @@ def _write_page(path: Path, suite: Suite, result: Mapping[str, Any], rows: Seque
         tables.append(Table(title, ("what", "mean", "spread over examples"), tuple(body)))
     data = result["data"]
     facts = [
-        ("model", result["model"]["fingerprint"]), ("queries", str(data["queries"])), ("images drawn", str(2 * data["episodes"])),
+        ("model", result["model"]["fingerprint"]), ("queries", str(data["queries"])),
+        ("images drawn", str(2 * data["episodes"] + data["queries"])),
         ("seed", str(result["seed"])), ("data", data["fingerprint"]),
     ]  # fmt: skip
     frame = result["protocol"]["frame"].capitalize()

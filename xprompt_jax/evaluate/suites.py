@@ -42,11 +42,13 @@ class Metric:
     """The function in metrics.py, and the key of its dictionary if it gives one."""
     protocol: str
     unit: str
-    measure: Callable[[np.ndarray, np.ndarray, np.ndarray], Sums]
-    """(prediction, truth, input) of one query; a score of nothing is (0, 0)."""
+    measure: Callable[[Any, Any, Any], Sums]
+    """(prediction, truth, input) of one query, as arrays or as `Looks` (features.py); a score of nothing is (0, 0)."""
     better: Literal["higher", "lower"] = "higher"
     column: str = ""
     """Of the paper's table, to print beside; empty: the paper has none."""
+    reduce: Callable[[Iterable[Sums]], float] = reduce_sums
+    """Sums of all queries -> the score."""
 
 
 def _each(score: Callable[[np.ndarray, np.ndarray], float]) -> Callable[[np.ndarray, np.ndarray, np.ndarray], Sums]:
@@ -58,9 +60,19 @@ def _counted(value: float) -> Sums:
     return (0.0, 0) if np.isnan(value) else (value, 1)
 
 
-def _angles(prediction: np.ndarray, truth: np.ndarray, source: np.ndarray) -> Sums:
-    pixels = int(np.any(truth != 0, axis=-1).sum())
-    return (metrics.normal_angles([prediction], [truth])["mean"] * pixels, pixels) if pixels else (0.0, 0)
+def _angles(key: str, scale: float = 1.0) -> Callable[[np.ndarray, np.ndarray, np.ndarray], Sums]:
+    """A mean over the valid pixels of all images together."""
+
+    def measure(prediction: np.ndarray, truth: np.ndarray, source: np.ndarray) -> Sums:
+        pixels = int(np.any(truth != 0, axis=-1).sum())
+        return (scale * metrics.normal_angles([prediction], [truth])[key] * pixels, pixels) if pixels else (0.0, 0)
+
+    return measure
+
+
+def _median_of_sums(sums: Iterable[Sums]) -> float:
+    histograms = [histogram for histogram, _ in sums]
+    return metrics.median_angle(np.asarray(np.sum(histograms or [np.zeros(1)], axis=0, dtype=np.int64)))
 
 
 def _overlaps(classes: int) -> Callable[[np.ndarray, np.ndarray, np.ndarray], Sums]:
@@ -91,7 +103,13 @@ _SSIM_UNIFORM = Metric(
     "ssim_skimage_default", "SSIM of each RGB channel, averaged: uniform window 7, sample covariance", "",
     _each(metrics.ssim_skimage_default), column="SSIM",
 )  # fmt: skip
+_SSIM_3D = Metric(
+    "ssim_matlab_3d", "MATLAB's ssim of height x width x 3 as a volume: Gaussian window 11 x 11 x 11, sigma 1.5, borders repeated", "",
+    _each(metrics.ssim_matlab_3d), column="SSIM",
+)  # fmt: skip
 _MAE = Metric("mean_abs_error", "mean absolute difference of uint8 RGB", "levels", _each(metrics.mean_abs_error), "lower")
+PHOTOGRAPH_METRICS = (_PSNR, _SSIM, _PSNR_Y, _SSIM_Y, _MAE)
+"""Of any two pictures of one thing."""
 _CHANGED = Metric(
     "changed_region_psnr", "PSNR-RGB where the target differs from the input by more than 8 levels, of queries that have such", "dB",
     lambda prediction, truth, source: _counted(metrics.changed_region_psnr(source, prediction, truth)),
@@ -103,9 +121,15 @@ _DEPTH = Metric(
 _IOU = Metric(
     "mean_iou", "mean over classes of intersection / union, from counts summed over all images", "%", _overlaps(150), column="mIoU"
 )
-_NORMAL = Metric(
-    "normal_angles_mean", "mean angle over the valid pixels of all images together (Bae et al.)", "degrees", _angles, "lower", "angle"
-)
+_NORMALS = (
+    Metric("normal_angles_mean", "mean angle over the valid pixels of all images together (Bae et al.)", "degrees", _angles("mean"),
+           "lower", "angle"),
+    Metric("normal_angles_median", "median angle of the same pixels, from a histogram of 0.1 degrees", "degrees",
+           lambda prediction, truth, source: (metrics.angle_histogram(prediction, truth).astype(np.int32), 1), "lower",
+           reduce=_median_of_sums),
+    *(Metric(f"normal_angles_{limit}", f"share of the same pixels below {limit} degrees", "%", _angles(limit, 100.0))
+      for limit in ("11.25", "22.5", "30")),
+)  # fmt: skip
 
 
 class Truth(Protocol):
@@ -238,6 +262,22 @@ class Suite:
     """Row of a table of arXiv 2412.01824 -> column -> number."""
     note: str = ""
     """What to know before comparing with them."""
+    palette: str = ""
+    """What `get_suite` was given."""
+
+    @property
+    def wanted(self) -> str:
+        """Of a folder, in words."""
+        return f"a folder with {' or '.join(f'{inputs}/ and {targets}/' for inputs, targets in self.layouts)}, whose files have equal names"
+
+    def find(self, folder: Path) -> list[sources.Record] | None:
+        """The pairs of a folder in one of the layouts, all held out; None where it has none of them."""
+        for inputs, targets in self.layouts:
+            if (folder / inputs).is_dir() and (folder / targets).is_dir():
+                return list(sources.paired_folders(
+                    folder / inputs, folder / targets, task=self.name, instruction=self.instruction, eval_fraction=1.0
+                ))  # fmt: skip
+        return None
 
     def read(self, record: sources.Record, size: int) -> tuple[np.ndarray, np.ndarray]:
         """A record as the model meets it, two uint8 [size, size, 3]."""
@@ -279,7 +319,7 @@ SUITES: dict[str, Suite] = {suite.name: suite for suite in (
                      "the same without XP tokens, Table 4": {"PSNR": 17.00, "SSIM": 0.633},
                      "no example, Table 4": {"PSNR": 9.140, "SSIM": 0.253}},
           note="the paper does not say which SSIM; for the same model Table 2 prints 0.810 and Table 4 0.770"),
-    Suite("deblur", "GoPro: motion blur removed.", (_PSNR, _SSIM), instruction="remove the motion blur",
+    Suite("deblur", "GoPro: motion blur removed.", (_PSNR, _SSIM, _SSIM_3D), instruction="remove the motion blur",
           published={"X-Prompt, Table 2": {"PSNR": 21.04, "SSIM": 0.761}, "InstructIR, Table 2": {"PSNR": 29.40, "SSIM": 0.886},
                      "OmniGen, Table 2": {"PSNR": 13.39, "SSIM": 0.321}}, note="the paper does not say which SSIM, nor at which size"),
     Suite("denoise", "Noise removed from photographs.", (_PSNR, _SSIM), (("input", "target"), ("noisy", "clean")), "remove the noise",
@@ -294,7 +334,7 @@ SUITES: dict[str, Suite] = {suite.name: suite for suite in (
           "paint every class in its colour", Labels(palettes.max_separation(150)),
           published={"X-Prompt, Table 2": {"mIoU": 31.21}, "Painter, Table 2": {"mIoU": 49.90}, "Lumina-mGPT, Table 2": {"mIoU": 20.87}},
           note="the paper does not name its colours"),
-    Suite("normals", "NYUv2: surface normals.", (_NORMAL,), (("input", "target"), ("img", "norm")), "paint the surface normals", Normals(),
+    Suite("normals", "NYUv2: surface normals.", _NORMALS, (("input", "target"), ("img", "norm")), "paint the surface normals", Normals(),
           published={"X-Prompt, Table 2": {"angle": 19.17}, "Bae et al., Table 2": {"angle": 14.90}, "InvPT, Table 2": {"angle": 19.04}},
           note="Bae and InvPT score against different ground truths; the paper does not say which is its own"),
 )}  # fmt: skip
@@ -310,19 +350,22 @@ def get_suite(name: str, palette: str = "") -> Suite:
     Raises:
       UserError: no such suite or palette, or the suite has none.
     """
-    if name not in SUITES:
-        raise UserError(f"suite {name!r} is unknown; suites are {', '.join(SUITES)}")
-    suite = SUITES[name]
+    from xprompt_jax.evaluate.magicbrush import MAGICBRUSH  # it builds on this module
+
+    suites = {**SUITES, MAGICBRUSH.name: MAGICBRUSH}
+    if name not in suites:
+        raise UserError(f"suite {name!r} is unknown; suites are {', '.join(suites)}")
+    suite = suites[name]
     if not palette:
         return suite
     if isinstance(suite.truth, Depth):
-        return dataclasses.replace(suite, truth=Depth(palettes.get_palette(palette)))
+        return dataclasses.replace(suite, truth=Depth(palettes.get_palette(palette)), palette=palette)
     if not isinstance(suite.truth, Labels):
         raise UserError(f"--palette {palette}: suite {name} has no colours to choose; leave it out")
     choices = {"painter": palettes.painter_ade, "max_separation": lambda: palettes.max_separation(150)}
     if palette not in choices:
         raise UserError(f"--palette {palette}: unknown; use {' or '.join(choices)}")
-    return dataclasses.replace(suite, truth=Labels(choices[palette]()))
+    return dataclasses.replace(suite, truth=Labels(choices[palette]()), palette=palette)
 
 
 def find_records(suite: Suite, data: Path, *, flag: str = "--data", eval_fraction: float = 1.0) -> list[sources.Record]:
@@ -338,12 +381,8 @@ def find_records(suite: Suite, data: Path, *, flag: str = "--data", eval_fractio
         records = list(sources.manifest(data, eval_fraction=eval_fraction))
         # The other suites are one task each, whatever a manifest calls it.
         return records if suite.name == "pairs" else [dataclasses.replace(r, task=suite.name, group=suite.name) for r in records]
-    for inputs, targets in suite.layouts:
-        if (data / inputs).is_dir() and (data / targets).is_dir():
-            return list(sources.paired_folders(
-                data / inputs, data / targets, task=suite.name, instruction=suite.instruction, eval_fraction=1.0
-            ))  # fmt: skip
-    wanted = " or ".join(f"{inputs}/ and {targets}/" for inputs, targets in suite.layouts)
+    found = suite.find(data)
+    if found is not None:
+        return found
     missing = "no such file or folder" if not data.exists() else "not the layout expected"
-    raise UserError(f"{flag} {data}: {missing}; suite {suite.name} takes a manifest (docs/data.md), or a folder with {wanted}, "
-                    "whose files have equal names")  # fmt: skip
+    raise UserError(f"{flag} {data}: {missing}; suite {suite.name} takes a manifest (docs/data.md), or {suite.wanted}")

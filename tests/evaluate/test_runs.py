@@ -1,0 +1,177 @@
+"""Runs as files: killed and started again, computed again, compared."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+from xprompt_jax.cli import main
+from xprompt_jax.data.images import save_png
+from xprompt_jax.evaluate.pairs import AT_ONCE, paired_bootstrap
+
+
+def arguments(model, data, out, *more, suite="pairs"):
+    return [str(a) for a in ("eval", suite, "--model", model, "--data", data, "--out", out, "--examples", "2", *more)]
+
+
+def fails(capsys, *words):
+    """The one line that a mistake prints."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        main([str(w) for w in words])
+    assert exit.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def images(out):
+    return {str(p.relative_to(out)): (p.read_bytes(), p.stat().st_mtime_ns) for p in out.glob("images/*/*.png")}
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_folders, pair_folder, tmp_path_factory):
+    """The same queries by two models."""
+    root = tmp_path_factory.mktemp("runs")
+    for name, model in zip("ab", tiny_folders, strict=True):
+        main(arguments(model, pair_folder, root / name))
+    return root
+
+
+def test_killed_run_goes_on_from_its_images(tiny_folders, pair_folder, runs, tmp_path):
+    out = tmp_path / "o"
+    environment = {
+        **os.environ, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "xprompt_jax", *arguments(tiny_folders[0], pair_folder, out)], env=environment,
+        stdout=subprocess.DEVNULL, stderr=(tmp_path / "stderr").open("w"),
+    )  # fmt: skip
+    end = time.monotonic() + 300
+    while len(list(out.glob("images/*/*.png"))) < 5 and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, (tmp_path / "stderr").read_text()
+    left, whole = images(out), images(runs / "a")
+    assert 5 <= len(left) < len(whole) and not (out / "result.json").exists()
+    main(arguments(tiny_folders[0], pair_folder, out))
+    after = images(out)
+    assert {name: data for name, (data, _) in after.items()} == {name: data for name, (data, _) in whole.items()}
+    needs = lambda name: [name.replace("drawn", "wrong"), *(f"{name.rpartition('/')[0]}/{arm}.png" for arm in ("none", "ceiling"))]
+    finished = [name for name in left if "drawn" in name and set(needs(name)) <= set(left)]
+    assert finished and all(after[n] == left[n] for name in finished for n in (name, *needs(name))), "what was drawn is not drawn again"
+    assert (out / "result.json").read_text() == (runs / "a" / "result.json").read_text()
+    assert AT_ONCE < 2 * 12, "there must be a second batch to be killed before"
+
+
+def test_other_settings_are_refused_or_drawn_anew(capsys, tiny_folders, pair_folder, runs, tmp_path):
+    out = tmp_path / "o"
+    shutil.copytree(runs / "a", out)
+    again = arguments(tiny_folders[0], pair_folder, out)
+    assert "drawn with seed 0, not 1; choose another --out, or give --overwrite" in fails(capsys, *again, "--seed", 1)
+    assert "drawn with model" in fails(capsys, *arguments(tiny_folders[1], pair_folder, out))
+    assert "drawn with sampling" in fails(capsys, *again, "--top-k", 3)
+    before = images(out)
+    main([*again, "--seed", "1", "--overwrite"])
+    assert images(out).keys() == before.keys() and images(out) != before
+    (out / "run.json").unlink()
+    assert "no run.json says what they were drawn with" in fails(capsys, *again)
+    (out / "run.json").write_text("{}")
+    assert "run.json: not of this version" in fails(capsys, *again)
+
+
+def test_changed_data_are_refused(capsys, tiny_folders, pair_folder, runs, tmp_path):
+    shutil.copytree(runs / "a", tmp_path / "o")
+    shutil.copytree(pair_folder, tmp_path / "d")
+    main(arguments(tiny_folders[0], tmp_path / "d", tmp_path / "o"))  # other place, same files
+    save_png(np.zeros((20, 26, 3), np.uint8), tmp_path / "d" / "target" / "03.png")
+    assert "drawn with pairs" in fails(capsys, *arguments(tiny_folders[0], tmp_path / "d", tmp_path / "o"))
+    message = fails(capsys, "eval", "recompute", tmp_path / "o", "--data", tmp_path / "d")
+    assert "its pairs are not those that" in message and "say with --data" in message
+
+
+def test_recompute_confirms_and_finds_what_was_changed(capsys, runs, tmp_path):
+    main(["eval", "recompute", str(runs / "a")])
+    result = json.loads((runs / "a" / "result.json").read_text())
+    # 4 metrics: 5 arms of mean, spread and 2 examples, 2 intervals of 3; 24 episodes of 5 arms.
+    assert f"all {4 * (5 * 4 + 2 * 3) + 24 * 4 * 5} numbers" in capsys.readouterr().out
+
+    out = tmp_path / "o"
+    shutil.copytree(runs / "a", out)
+    result["queries"][5]["scores"]["psnr_rgb"]["drawn"] += 1e-6
+    (out / "result.json").write_text(json.dumps(result))
+    assert "queries[5].psnr_rgb.drawn is" in fails(capsys, "eval", "recompute", out)
+    shutil.copy(runs / "a" / "result.json", out)
+    picture = out / "images" / "00003" / "none.png"
+    pixels = np.asarray(PIL.Image.open(picture)).copy()
+    pixels[0, 0] ^= 255
+    save_png(pixels, picture)
+    assert "none" in (message := fails(capsys, "eval", "recompute", out)) and "were changed" in message
+    save_png(pixels[:8, :8], picture)
+    assert "00003/none.png: not 16 x 16 pixels" in fails(capsys, "eval", "recompute", out)
+    picture.unlink()
+    assert "none.png: no such file" in fails(capsys, "eval", "recompute", out)
+    assert "result.json: cannot read" in fails(capsys, "eval", "recompute", tmp_path)
+    assert "give one folder" in fails(capsys, "eval", "recompute")
+
+
+def test_compare_puts_two_models_beside_each_other(capsys, runs, tmp_path):
+    main(["eval", "compare", str(runs / "a"), str(runs / "b"), "--out", str(tmp_path / "c")])
+    printed = capsys.readouterr().out
+    first, second = (json.loads((runs / name / "result.json").read_text()) for name in "ab")
+    with (tmp_path / "c" / "compare.csv").open() as f:
+        rows = {(r["metric"], r["arm"]): r for r in csv.DictReader(f)}
+    assert len(rows) == 4 * 5
+    row = rows["psnr_rgb", "drawn"]
+    per_query = []
+    for query in {q["input"] for q in first["queries"]}:
+        mean = lambda result: np.mean([q["scores"]["psnr_rgb"]["drawn"] for q in result["queries"] if q["input"] == query])  # noqa: B023
+        per_query.append(mean(second) - mean(first))
+    assert float(row["b_minus_a"]) == pytest.approx(np.mean(per_query)) and int(row["queries"]) == 12
+    assert float(row["a"]) == first["scores"]["psnr_rgb"]["drawn"]["mean"]
+    assert float(row["b"]) - float(row["a"]) == pytest.approx(float(row["b_minus_a"]))
+    _, low, high = paired_bootstrap(sorted(per_query))
+    assert float(row["low"]) == pytest.approx(low, abs=0.3) and float(row["high"]) == pytest.approx(high, abs=0.3)
+    assert float(row["low"]) < float(row["b_minus_a"]) < float(row["high"])
+    # The tokenizer and the inputs are the same: no difference at all.
+    assert all(float(rows["psnr_rgb", arm][key]) == 0 for arm in ("copied", "ceiling") for key in ("b_minus_a", "low", "high"))
+    assert f"psnr_rgb drawn: {float(row['a']):.3f} and {float(row['b']):.3f}, difference {float(row['b_minus_a']):+.3f}" in printed
+    assert f"{float(row['a']):.3f}" in (tmp_path / "c" / "index.html").read_text()
+
+
+def test_compare_takes_the_queries_that_both_have(capsys, tiny_folders, pair_folder, runs, tmp_path):
+    few = tmp_path / "few"
+    for side in ("input", "target"):
+        for i in range(5):
+            (few / side).mkdir(parents=True, exist_ok=True)
+            shutil.copy(pair_folder / side / f"{i:02d}.png", few / side)
+    main(arguments(tiny_folders[1], few, tmp_path / "b"))
+    main(["eval", "compare", str(runs / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "c")])
+    marks = [{q["sha256"] for q in json.loads((p / "result.json").read_text())["queries"]} for p in (runs / "a", tmp_path / "b")]
+    assert f"over {len(marks[0] & marks[1])} queries" in capsys.readouterr().out and 0 < len(marks[0] & marks[1]) < 4
+    assert "do not have all queries in common" in (tmp_path / "c" / "index.html").read_text()
+
+
+def test_what_cannot_be_compared_is_one_line(capsys, runs, tmp_path):
+    def altered(change):
+        result = json.loads((runs / "a" / "result.json").read_text())
+        change(result)
+        (tmp_path / "x").mkdir(exist_ok=True)
+        (tmp_path / "x" / "result.json").write_text(json.dumps(result))
+        return fails(capsys, "eval", "compare", runs / "a", tmp_path / "x", "--out", tmp_path / "c")
+
+    assert "is of suite pairs" in altered(lambda r: r.update(suite="derain"))
+    assert "different protocols" in altered(lambda r: r["protocol"]["metrics"]["psnr_rgb"].update(protocol="another"))
+    assert "different sizes (16 and 16 pixels)" in altered(lambda r: r["protocol"].update(frame="another"))
+    assert "have no query in common" in altered(lambda r: [q.update(sha256="0") for q in r["queries"]])
+    assert "result.json: not of this version" in altered(lambda r: r.update(format="xprompt-eval-1"))
+    assert "give two folders" in fails(capsys, "eval", "compare", runs / "a") and not (tmp_path / "c").exists()

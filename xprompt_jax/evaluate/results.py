@@ -1,0 +1,117 @@
+"""The files of every evaluation: run.json before the first image is drawn, result.json after the last score.
+
+run.json holds what the images depend on. A run that was killed goes on from the images that its folder holds, if it is started with
+the same settings; with others it is refused, so that no folder mixes images of two settings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from xprompt_jax.errors import UserError
+from xprompt_jax.files import atomic_path
+
+FORMAT = "xprompt-eval-2"
+LIBRARIES = ("xprompt-jax", "jax", "jaxlib", "flax", "numpy", "pillow")
+
+
+def start(
+    out: Path, settings: Mapping[str, Any], *, images: Callable[[], Iterable[Path]], overwrite: bool = False,
+    where: Mapping[str, str | None] | None = None,
+) -> None:  # fmt: skip
+    """Says that `out` belongs to a run of these settings.
+
+    Args:
+      settings: JSON values that the images depend on.
+      where: places of files, told in run.json; they may change if what lies there does not.
+      images: the image files that `out` holds.
+      overwrite: removes them and forgets the settings of before.
+
+    Raises:
+      UserError: `out` holds images of other settings, or of unknown ones; or it cannot be written.
+    """
+    path, settings = out / "run.json", json.loads(json.dumps({"format": FORMAT, **settings}))
+    if overwrite:
+        for image in images():
+            image.unlink(missing_ok=True)
+    elif path.exists():
+        old = read_json(path)
+        for name in dict.fromkeys([*settings, *old]):
+            if name != "where" and old.get(name) != settings.get(name):
+                was, now = json.dumps(old.get(name)), json.dumps(settings.get(name))
+                raise UserError(f"{out}: its images were drawn with {name} {was}, not {now}; choose another --out, or give --overwrite")
+    elif any(True for _ in images()):
+        raise UserError(f"{out}: holds images, and no run.json says what they were drawn with; choose another --out, or give --overwrite")
+    write_json(path, {**settings, "where": where or {}})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a file of ours.
+
+    Raises:
+      UserError: no such file, or of something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"{path}: cannot read: {e.strerror}; give the --out folder of a finished `xprompt eval`") from None
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise UserError(f"{path}: not of this version's `xprompt eval` (format {FORMAT}); run it again into another folder")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Whole or not at all; what is not finite becomes null."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+
+
+def finite(value: Any) -> Any:
+    """JSON has no infinities: what is not finite becomes null (the PSNR of equal images, a score of nothing)."""
+    if isinstance(value, Mapping):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def fingerprint(*parts: str | bytes) -> str:
+    """16 hex digits over texts and bytes, each hashed on its own."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(hashlib.sha256(part.encode() if isinstance(part, str) else part).digest())
+    return digest.hexdigest()[:16]
+
+
+def file_fingerprint(path: Any) -> str:
+    """Of a file's bytes.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        return fingerprint(Path(path).read_bytes())
+    except OSError as e:
+        raise UserError(f"{path}: cannot read: {e.strerror}; correct the path") from None
+
+
+def versions() -> dict[str, str]:
+    """Of the interpreter and of the libraries that decide numbers."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout
+            import xprompt_jax
+
+            found[name] = xprompt_jax.__version__
+    return found

@@ -1,12 +1,14 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all; small files of ours that are tensors and a header."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+import numpy as np
 
 from xprompt_jax.errors import UserError
 
@@ -35,3 +37,37 @@ def atomic_path(path: str | os.PathLike, writer: int | None = None) -> Iterator[
         shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):  # it never came to be, or was a folder
             temporary.unlink()
+
+
+def write_tensors(path: str | os.PathLike, kind: str, tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) -> None:
+    """A safetensors file of a kind of ours, whole or not at all."""
+    import safetensors.numpy
+
+    with atomic_path(path) as temporary:
+        safetensors.numpy.save_file(dict(tensors), temporary, metadata={"format": kind, **header})
+
+
+def read_tensors(path: str | os.PathLike, kind: str, what: str, command: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """What `write_tensors` wrote: tensors and header.
+
+    Args:
+      kind: the format that is asked for.
+      what: its name in messages.
+      command: that makes it.
+
+    Raises:
+      UserError: it is missing, damaged, or of another kind.
+    """
+    import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors needs)
+    import safetensors
+
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; make it with `{command}`")
+    try:
+        with safetensors.safe_open(path, "numpy") as f:
+            header = f.metadata() or {}
+            if header.get("format") != kind:
+                raise UserError(f"{path}: no {what} of format {kind}; make it again with `{command}`")
+            return {name: f.get_tensor(name) for name in f.keys()}, header  # noqa: SIM118  (safe_open is no mapping)
+    except safetensors.SafetensorError as e:
+        raise UserError(f"{path}: not a readable {what} ({e}); make it again with `{command}`") from None

@@ -25,13 +25,11 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from xprompt_jax.data import sources
 from xprompt_jax.data.tokenise import Store
 from xprompt_jax.errors import UserError
-from xprompt_jax.files import atomic_path
+from xprompt_jax.files import read_tensors, write_tensors
 
 FORMAT = "xprompt-index-2"
 HASHED = "hashed-ngram-"
@@ -147,12 +145,11 @@ class RetrievalIndex:
         """Writes the file (safetensors), whole or not at all; it names its source relative to itself."""
         path = Path(path)
         header = {
-            "format": FORMAT, "encoder": self.encoder, "fingerprint": self.fingerprint,
-            "rows": self.rows, "source": os.path.relpath(self.source.resolve(), path.resolve().parent),
+            "encoder": self.encoder, "fingerprint": self.fingerprint, "rows": self.rows,
+            "source": os.path.relpath(self.source.resolve(), path.resolve().parent),
         }  # fmt: skip
         tensors = {name: getattr(self, name) for name in ("features", "instructions", "neighbours", "cosines")}
-        with atomic_path(path) as temporary:
-            safetensors.numpy.save_file(tensors, temporary, metadata=header)
+        write_tensors(path, FORMAT, tensors, header)
 
     @classmethod
     def load(cls, path: str | Path) -> RetrievalIndex:
@@ -162,16 +159,7 @@ class RetrievalIndex:
           UserError: it is missing, damaged or no index, or its source is gone or has changed since.
         """
         path = Path(path)
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; make it with `xprompt index`")
-        try:
-            with safetensors.safe_open(path, "numpy") as f:
-                header = f.metadata() or {}
-                if header.get("format") != FORMAT:
-                    raise UserError(f"{path}: not an index of format {FORMAT}; make it with `xprompt index`")
-                tensors = {name: f.get_tensor(name) for name in ("features", "instructions", "neighbours", "cosines")}
-        except safetensors.SafetensorError as e:
-            raise UserError(f"{path}: not a readable index ({e}); make it again with `xprompt index`") from None
+        tensors, header = read_tensors(path, FORMAT, "index", "xprompt index")
         source = path.parent / header["source"]
         if _fingerprint(source) != header["fingerprint"]:
             raise UserError(f"{source}: has changed since {path} was made; run `xprompt index` again")

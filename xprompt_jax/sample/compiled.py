@@ -12,13 +12,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors needs)
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from xprompt_jax.errors import UserError
-from xprompt_jax.files import atomic_path
+from xprompt_jax.files import read_tensors, write_tensors
 
 FORMAT = "xprompt-compiled-1"
 
@@ -62,12 +59,8 @@ class CompiledPrompt:
 
     def save(self, path: str | Path) -> None:
         """Writes the file, whole or not at all."""
-        header = {
-            "format": FORMAT, "fingerprint": self.fingerprint, "instruction": self.instruction,
-            "thumbnails": json.dumps(self.thumbnails),
-        }  # fmt: skip
-        with atomic_path(path) as temporary:
-            safetensors.numpy.save_file({"k": self.k, "v": self.v, "lengths": self.lengths}, temporary, metadata=header)
+        header = {"fingerprint": self.fingerprint, "instruction": self.instruction, "thumbnails": json.dumps(self.thumbnails)}
+        write_tensors(path, FORMAT, {"k": self.k, "v": self.v, "lengths": self.lengths}, header)
 
     @classmethod
     def load(cls, path: str | Path) -> CompiledPrompt:
@@ -76,16 +69,7 @@ class CompiledPrompt:
         Raises:
           UserError: it is missing, damaged, or not a compiled prompt.
         """
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such file; make it with `xprompt compile`")
-        try:
-            with safetensors.safe_open(path, "numpy") as f:
-                header = f.metadata() or {}
-                if header.get("format") != FORMAT:
-                    raise UserError(f"{path}: not a compiled prompt of format {FORMAT}; compile it again with this version")
-                tensors = {name: f.get_tensor(name) for name in ("k", "v", "lengths")}
-        except safetensors.SafetensorError as e:
-            raise UserError(f"{path}: not a readable compiled prompt ({e}); compile it again") from None
+        tensors, header = read_tensors(path, FORMAT, "compiled prompt", "xprompt compile")
         return cls(
             **tensors, fingerprint=header["fingerprint"], instruction=header["instruction"],
             thumbnails=tuple(json.loads(header["thumbnails"])),

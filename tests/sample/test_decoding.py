@@ -1,11 +1,16 @@
 """Decoding against the oracle: compiled = masked, windows = one by one, alone = in a batch."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 
 from tests.helpers import FP32, TINY, tiny_tokenizer
+from xprompt_jax.data.images import save_png
+from xprompt_jax.data.retrieval import build_index
 from xprompt_jax.errors import UserError
 from xprompt_jax.model.chameleon import Chameleon, extend, project_logits, unstacked
 from xprompt_jax.model.params import flatten, unflatten
@@ -65,6 +70,25 @@ def test_compiled_and_cached_is_the_masked_prompt(model, count):
     want = model.decode_images(by_the_oracle(model, examples, image, seed=3)[None])
     for decoding in ("sequential", "jacobi"):
         assert same(model.generate(examples, [image], seed=3, decoding=decoding, window=5), want)
+
+
+def test_an_edit_takes_its_example_from_an_index(model, tmp_path):
+    """RAIE: the nearest training pair by the instruction, and the asked instruction for the task."""
+    rows = []
+    for i, text in enumerate(["make it night", "remove the rain", "paint the depth in grey"]):
+        for side, picture in zip("ab", images(30 + i, 2), strict=True):
+            save_png(PIL.Image.fromarray(picture), tmp_path / f"{i}{side}.png")
+        rows.append(json.dumps({"input": f"{i}a.png", "output": f"{i}b.png", "instruction": text, "split": "train"}) + "\n")
+    (tmp_path / "edits.jsonl").write_text("".join(rows))
+    index = build_index(tmp_path / "edits.jsonl", k=1)
+    asked, picture = "please remove the rain", images(1, 1)
+    options = {"seed": 3, "guidance": 50.0}  # a random model hardly listens
+    want = model.generate([example(31)], picture, asked, **options)
+    assert same(model.generate(None, picture, asked, retrieve_from=index, **options), want)
+    assert not same(model.generate([example(30)], picture, asked, **options), want)
+    for task, text in ((None, None), ([example(31)], asked)):
+        with pytest.raises(UserError, match="give an instruction, and None for the task"):
+            model.generate(task, picture, text, retrieve_from=index)
 
 
 def test_compiled_logits_are_the_masked_logits(model):

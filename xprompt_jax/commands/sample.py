@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from xprompt_jax.commands.sampling import SamplingFlags
+from xprompt_jax.commands.sampling import PrecisionFlags, SamplingFlags
 from xprompt_jax.errors import UserError
 
 
 @dataclass
-class Sample(SamplingFlags):
+class Sample(PrecisionFlags, SamplingFlags):
     """Draw images: do to each input what a compiled prompt or an example pair shows, or draw texts.
 
     OUT gets the images, named by their inputs, samples.jsonl (a line for each: input, task, seed, settings), errors.jsonl (inputs that
@@ -64,7 +64,7 @@ class Sample(SamplingFlags):
         if self.inputs and self.task is None and not self.example and any(r.task is None for r in requests):
             raise UserError("--inputs needs --task FILE (make one with `xprompt compile`) or --example BEFORE AFTER")
         task = Task.load(self.task) if self.task else None
-        model = XPrompt.from_pretrained(self.model)
+        model = XPrompt.from_pretrained(self.model, **self.precision())
         if self.example:
             task = Task.of_examples(model, self.example, self.instruction or "")
         done = draw_folder(

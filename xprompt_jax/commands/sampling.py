@@ -15,7 +15,7 @@ class PrecisionFlags:
     cache: Literal["float", "int8"] = "float"
     """int8 does the same with the keys and values of what is being drawn: it counts where many images are drawn at once."""
 
-    def precision(self) -> dict[str, str]:
+    def precision(self) -> dict[str, Any]:
         """The flags as arguments of `XPrompt.from_pretrained`."""
         return {"weights": self.weights, "cache": self.cache}
 

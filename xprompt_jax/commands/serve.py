@@ -6,13 +6,14 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from xprompt_jax.commands.sampling import PrecisionFlags
 from xprompt_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class Serve:
+class Serve(PrecisionFlags):
     """Open a local web page: drop an example pair and new images, and watch the rows appear.
 
     Whoever reaches the address may draw, without a password, so it listens on this machine alone unless --host says otherwise.
@@ -53,7 +54,7 @@ class Serve:
         if self.tasks is not None and not self.tasks.is_dir():
             raise UserError(f"--tasks {self.tasks}: no such folder; give one with .xprompt files in it")
         with listen(self.host, self.port) as listening:  # a taken port is told before the model is loaded
-            studio = Studio(XPrompt.from_pretrained(self.model), tasks=self.tasks, limits=limits)
+            studio = Studio(XPrompt.from_pretrained(self.model, **self.precision()), tasks=self.tasks, limits=limits)
             for task in studio.tasks():
                 if "error" in task:
                     log.warning("left out: %s", task["error"])

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from xprompt_jax.errors import UserError
 from xprompt_jax.mesh import sharding_for
+from xprompt_jax.model.quantize import Int8
 from xprompt_jax.prompt import Role, SlotShape
 
 _MASKED = -1e30  # finite, so that a row without any key cannot become NaN
@@ -54,13 +55,16 @@ def dense_mask(roles: jax.Array, groups: jax.Array, segments: jax.Array) -> jax.
     return allowed | jnp.eye(length, dtype=bool)
 
 
-def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def dense_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scales: tuple[jax.Array, jax.Array] | None = None
+) -> jax.Array:
     """Softmax attention with a mask; the slow oracle, and the few dense rows of the split form.
 
     Args:
       q: [B, Q, H, K].
       k, v: [B, T, G, K], G dividing H.
       mask: bool, broadcastable to [B, Q, T].
+      scales: float32 [B, T, G] of keys and of values, which multiply the scores and the weights and not the arrays.
 
     Returns:
       [B, Q, H, K] in q's type; scores and softmax in float32.
@@ -69,9 +73,14 @@ def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -
     kv_heads = k.shape[2]
     q = q.reshape(batch, queries, kv_heads, heads // kv_heads, dim)
     scores = jnp.einsum("bqgrk,btgk->bgrqt", q, k, preferred_element_type=jnp.float32) * dim**-0.5
+    if scales is not None:
+        of_keys, of_values = (s.swapaxes(1, 2)[:, :, None, None] for s in scales)
+        scores = scores * of_keys
     scores = jnp.where(mask[:, None, None], scores, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bgrqt,btgk->bqgrk", weights, v).reshape(batch, queries, heads, dim)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if scales is not None:
+        weights = weights * of_values
+    return jnp.einsum("bgrqt,btgk->bqgrk", weights.astype(v.dtype), v).reshape(batch, queries, heads, dim)
 
 
 def split_attention(
@@ -127,19 +136,25 @@ def split_attention(
     return jnp.concatenate(parts, axis=1)
 
 
-def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> jax.Array:
+def cached_attention(q: jax.Array, k: jax.Array | Int8, v: jax.Array | Int8, lengths: jax.Array) -> jax.Array:
     """Attention of W new tokens over a cache that already holds their keys.
 
     Args:
       q: [B, W, H, K], rotated.
-      k, v: [B, T, G, K], the whole cache.
+      k, v: [B, T, G, K], the whole cache; of int8, a scale for each token and head.
       lengths: int32 [B], slots of each row that were filled before the new tokens.
 
     Returns:
       [B, W, H, K]: new token i of a row sees slots 0 .. lengths + i.
     """
     window = lengths[:, None] + jnp.arange(q.shape[1])
-    return dense_attention(q, k, v, jnp.arange(k.shape[1]) <= window[..., None])
+    mask = jnp.arange(k.shape[1]) <= window[..., None]
+    if isinstance(k, Int8):
+        assert isinstance(v, Int8)
+        scales = k.scale[..., 0], v.scale[..., 0]
+        return dense_attention(q, k.values.astype(q.dtype), v.values.astype(q.dtype), mask, scales)
+    assert not isinstance(v, Int8)
+    return dense_attention(q, k, v, mask)
 
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]

@@ -10,6 +10,8 @@ advancing the length, and the next write covers it. The buffers must therefore b
 
 Layers have buffers of their own because scanning over a stacked cache copies all of it in every step (facts:
 inference.md 5).
+
+Buffers of int8 hold half of bfloat16's bytes, with a scale for each token and head (quantize.py); a token is rounded when it is written.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from xprompt_jax.config import ModelConfig
+from xprompt_jax.model.quantize import Int8, quantize
 
 
 @jax.tree_util.register_dataclass
@@ -27,9 +30,9 @@ from xprompt_jax.config import ModelConfig
 class Cache:
     """Keys (rotated) and values of every layer."""
 
-    k: tuple[jax.Array, ...]
+    k: tuple[jax.Array | Int8, ...]
     """N buffers [B, T, G, K]."""
-    v: tuple[jax.Array, ...]
+    v: tuple[jax.Array | Int8, ...]
     """N buffers [B, T, G, K]."""
     length: jax.Array
     """int32 [B], filled slots of each row."""
@@ -38,13 +41,19 @@ class Cache:
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int, dtype) -> Cache:
-    """A cache of B rows of T slots, nothing in it yet."""
+    """A cache of B rows of T slots, nothing in it yet; dtype int8 makes buffers of `Int8`."""
     shape = (batch, slots, config.num_kv_heads, config.head_dim)
-    buffers = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+
+    def buffer() -> jax.Array | Int8:
+        values = jnp.zeros(shape, dtype)
+        return Int8(values, jnp.zeros((*shape[:-1], 1))) if values.dtype == jnp.int8 else values
+
+    buffers = lambda: tuple(buffer() for _ in range(config.num_layers))
     return Cache(buffers(), buffers(), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32))
 
 
-def write(buffer: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+def write(buffer: jax.Array | Int8, new: jax.Array, start: jax.Array) -> jax.Array | Int8:
     """Puts new [B, W, G, K] into buffer [B, T, G, K] at start[b] of each row; start + W must not exceed T."""
     put = lambda row, value, at: jax.lax.dynamic_update_slice_in_dim(row, value, at, axis=0)
-    return jax.vmap(put)(buffer, new.astype(buffer.dtype), start)
+    value = quantize(new, -1) if isinstance(buffer, Int8) else new.astype(buffer.dtype)
+    return jax.tree.map(lambda rows, values: jax.vmap(put)(rows, values, start), buffer, value)

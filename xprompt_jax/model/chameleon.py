@@ -25,6 +25,7 @@ from xprompt_jax.mesh import constrain
 from xprompt_jax.model.attention import cached_attention, dense_attention, dense_mask, split_attention
 from xprompt_jax.model.cache import Cache, write
 from xprompt_jax.model.layers import MLP, Attention, dropout, normal, rms_norm, rotary
+from xprompt_jax.model.quantize import Int8, product
 from xprompt_jax.model.xp import init_xp, place_by_role, place_in_slots
 from xprompt_jax.prompt import SlotShape
 
@@ -191,6 +192,14 @@ def unstacked(model: Chameleon) -> Chameleon:
     return apart
 
 
+def restacked(model: Chameleon) -> Chameleon:
+    """The way back from `unstacked`, without touching `model`; memory is allocated for the stacks."""
+    graph, state = nnx.split(model)
+    stacked = nnx.merge(graph, state)
+    stacked.blocks = jax.tree.map(lambda *weights: jnp.stack(weights), *model.blocks)
+    return stacked
+
+
 def extend(blocks: Sequence[Block], x: jax.Array, cache: Cache, count: jax.Array, theta: float) -> tuple[jax.Array, Cache]:
     """W more tokens per row: their keys and values go into the cache, and they attend to it.
 
@@ -219,9 +228,9 @@ def extend(blocks: Sequence[Block], x: jax.Array, cache: Cache, count: jax.Array
     return x, Cache(tuple(ks), tuple(vs), cache.length + count, cache.position + count)
 
 
-def project_logits(x: jax.Array, head: jax.Array) -> jax.Array:
+def project_logits(x: jax.Array, head: jax.Array | Int8) -> jax.Array:
     """[..., D] times head [D, V] -> float32 [..., V]."""
-    return jnp.einsum("...d,dv->...v", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+    return product("...d,dv->...v", x, head, jnp.float32)
 
 
 def abstract_model(config: ModelConfig, dtype=jnp.float32) -> Chameleon:

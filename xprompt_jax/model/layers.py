@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from xprompt_jax.config import ModelConfig
 from xprompt_jax.mesh import constrain
+from xprompt_jax.model.quantize import product
 
 LAYER_NORM_EPS = 1e-5
 
@@ -78,15 +79,15 @@ class Attention(nnx.Module):
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[B, L, D] -> normed queries [B, L, H, K], normed keys and plain values [B, L, G, K]; no rotary yet."""
-        q = self.q_norm(jnp.einsum("bld,dhk->blhk", x, self.wq[...].astype(x.dtype)))
-        k = self.k_norm(jnp.einsum("bld,dgk->blgk", x, self.wk[...].astype(x.dtype)))
-        v = jnp.einsum("bld,dgk->blgk", x, self.wv[...].astype(x.dtype))
+        q = self.q_norm(product("bld,dhk->blhk", x, self.wq[...]))
+        k = self.k_norm(product("bld,dgk->blgk", x, self.wk[...]))
+        v = product("bld,dgk->blgk", x, self.wv[...])
         q, k, v = (constrain(t, "batch", "slots", "heads" if t is q else "kv_heads", "head_dim") for t in (q, k, v))
         return checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
 
     def output(self, context: jax.Array) -> jax.Array:
         """[B, L, H, K] -> [B, L, D]."""
-        return jnp.einsum("blhk,hkd->bld", checkpoint_name(context, "context"), self.wo[...].astype(context.dtype))
+        return product("blhk,hkd->bld", checkpoint_name(context, "context"), self.wo[...])
 
 
 class MLP(nnx.Module):
@@ -101,10 +102,10 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, L, D] -> [B, L, D]."""
-        gate = checkpoint_name(jnp.einsum("bld,df->blf", x, self.gate[...].astype(x.dtype)), "mlp")
-        up = checkpoint_name(jnp.einsum("bld,df->blf", x, self.up[...].astype(x.dtype)), "mlp")
+        gate = checkpoint_name(product("bld,df->blf", x, self.gate[...]), "mlp")
+        up = checkpoint_name(product("bld,df->blf", x, self.up[...]), "mlp")
         hidden = constrain(jax.nn.silu(gate) * up, "batch", "slots", "ffn")
-        return jnp.einsum("blf,fd->bld", hidden, self.down[...].astype(x.dtype))
+        return product("blf,fd->bld", hidden, self.down[...])
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

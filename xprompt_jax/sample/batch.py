@@ -215,7 +215,8 @@ def draw_folder(
     if task is not None:
         task.check(model)
     settings = {
-        "task": task.digest if task else None, "instruction": instruction, "seed": seed, "num_images": num_images, **sampling
+        "task": task.digest if task else None, "instruction": instruction, "seed": seed, "num_images": num_images, **sampling,
+        "precision": model.precision,
     }  # fmt: skip
     folder = _Folder(out, model.fingerprint, settings, overwrite=overwrite)
     load = functools.lru_cache(maxsize=PROMPTS)(Task.load)

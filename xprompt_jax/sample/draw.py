@@ -97,7 +97,7 @@ def _draw_batch(model, rows, guess, scales, keys, window, sampling, chunks, spec
     with explained_memory():
         cache = prefill(
             model.layers_apart, model.config, [c for c, _ in rows], [p for _, p in rows], vocab.bos,
-            room=len(template) + window, dtype=model.compute.dtype,
+            room=len(template) + window, dtype=model.compute.dtype, cache_dtype=model.cache_dtype,
         )  # fmt: skip
         ids = jnp.asarray(pad(np.stack([layout.encode(codes) for codes in guess])))
         state = start(cache, ids, vocab.image_start, vocab.num_codes, window, speculative=speculative)
@@ -106,7 +106,7 @@ def _draw_batch(model, rows, guess, scales, keys, window, sampling, chunks, spec
         with explained_memory():
             state = decode_image(
                 model.layers_apart, model.image_head, np.int32(vocab.image_start), state, pad(template),
-                np.int32(places[final - 1]), keys, scales, sampling, window=window,
+                np.int32(places[final - 1]), keys, scales, sampling, window=window, dtype=model.compute.dtype,
             )  # fmt: skip
             codes = np.asarray(state.guess)[:, places].reshape(-1, grid, grid) - vocab.image_start
         check_sane(state.sane, model.compute.dtype)

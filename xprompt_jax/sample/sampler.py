@@ -12,18 +12,20 @@ import functools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
+from flax import nnx
 
 from xprompt_jax.config import ComputeConfig, ModelConfig
 from xprompt_jax.data.images import Recipe, open_image, postprocess, preprocess
 from xprompt_jax.errors import UserError
-from xprompt_jax.model.chameleon import Chameleon, unstacked
+from xprompt_jax.model.chameleon import Chameleon, restacked, unstacked
 from xprompt_jax.model.params import flatten
+from xprompt_jax.model.quantize import Int8
 from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.prompt import DESCRIBE_QUESTION, Prompter, Role, Sample, SlotShape, fill, stack
 from xprompt_jax.sample.compiled import CompiledPrompt
@@ -37,6 +39,9 @@ from xprompt_jax.sample.prefill import PROMPT_STEP
 from xprompt_jax.sample.thumbnails import thumbnail
 from xprompt_jax.sample.write import parts, write
 from xprompt_jax.tokens import Layout, Tokenizer
+
+if TYPE_CHECKING:
+    from xprompt_jax.data.retrieval import Encoder, RetrievalIndex
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +61,16 @@ class XPrompt:
     """A decoder with its image and text tokenizers, ready to draw and to write."""
 
     def __init__(
-        self, decoder: Chameleon, vqgan: VQGAN, tokenizer: Tokenizer, *, compute: ComputeConfig | None = None
+        self, decoder: Chameleon, vqgan: VQGAN, tokenizer: Tokenizer, *, compute: ComputeConfig | None = None, cache: str = "float"
     ):  # fmt: skip
         self.config: ModelConfig = decoder.config
         self.compute = compute or ComputeConfig(dtype="float32")
-        self.decoder, self.vqgan, self.tokenizer = decoder, vqgan, tokenizer
+        if cache not in ("float", "int8"):
+            raise UserError(f"cache {cache!r} is unknown; use float or int8")
+        self.cache_dtype = "int8" if cache == "int8" else self.compute.dtype
+        # The one copy of the weights that is kept, as decoding reads it.
+        self.layers_apart = decoder if isinstance(decoder.blocks, nnx.List) else jax.jit(unstacked)(decoder)
+        self.vqgan, self.tokenizer = vqgan, tokenizer
         if tokenizer.vocab.size > self.config.vocab_size:
             raise UserError(f"the tokenizer has {tokenizer.vocab.size} words, the model only {self.config.vocab_size}; "
                             "use the text_tokenizer.json that belongs to the weights")  # fmt: skip
@@ -76,7 +86,7 @@ class XPrompt:
     def from_pretrained(
         cls, model: str | Path, *, compute: ComputeConfig | None = None, mesh: Any = None, dtype: Any = None, **options: Any
     ) -> XPrompt:  # fmt: skip
-        """Loads a model folder or a hub name; see `sample.pretrained.load`."""
+        """Loads a model folder or a hub name; see `sample.pretrained.load`, also for weights and cache of int8."""
         from xprompt_jax.sample.pretrained import load
 
         return load(model, compute=compute, mesh=mesh, dtype=dtype, **options)
@@ -90,29 +100,35 @@ class XPrompt:
     @property
     def xp_embeddings(self) -> jax.Array:
         """[S, D]."""
-        return self.decoder.xp[...]
+        return self.layers_apart.xp[...]
+
+    @property
+    def precision(self) -> dict[str, str]:
+        """What images depend on besides the weights' values: types of the computation, of the weights and of the cache."""
+        weights = "int8" if isinstance(self.layers_apart.head[...], Int8) else "float"
+        return {"compute": self.compute.dtype, "weights": weights, "cache": self.cache_dtype}
+
+    @property
+    def decoder(self) -> Chameleon:
+        """The decoder with its layers stacked, as training has it: made anew, a second copy of the layers for as long as it is held."""
+        return restacked(self.layers_apart)
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """16 hex digits that change with the configuration, the weights or the tokenizer."""
         from xprompt_jax.sample.pretrained import fingerprint
 
-        return fingerprint(self.config, flatten(self.decoder), self.tokenizer)
+        return fingerprint(self.config, flatten(self.layers_apart), self.tokenizer)
 
     @functools.cached_property
-    def layers_apart(self) -> Chameleon:
-        """The decoder as decoding reads it."""
-        return jax.jit(unstacked)(self.decoder)
-
-    @functools.cached_property
-    def image_head(self) -> jax.Array:
+    def image_head(self) -> jax.Array | Int8:
         """[D, codes], the head's columns of the image codes."""
         v = self.tokenizer.vocab
-        head = self.decoder.head[...][:, v.image_start : v.image_start + v.num_codes]
-        if not jnp.any(head):
+        head = self.layers_apart.head[...][:, v.image_start : v.image_start + v.num_codes]
+        if not any(jnp.any(part) for part in jax.tree.leaves(head)):
             log.warning("the head's rows for image codes are all zero (released Chameleon models cannot draw): every image will be noise; "
                         "train it, or load a fork that draws")  # fmt: skip
-        return head.astype(self.compute.dtype)
+        return head if isinstance(head, Int8) else head.astype(self.compute.dtype)
 
     # --- images and codes
 
@@ -174,9 +190,7 @@ class XPrompt:
         nothing = np.zeros(0, np.int32)
         rows = [fill(Sample((e,), nothing, nothing), shape, bos=vocab.bos, pad=vocab.pad) for e in examples]
         batch = stack(rows, 1)
-        k, v = self._compiled_examples(
-            self.decoder, batch["ids"], batch["positions"], shape, batch["example_lengths"], self.compute
-        )  # fmt: skip
+        k, v = self._compiled_examples(self.layers_apart, batch["ids"], batch["positions"], shape, batch["example_lengths"], self.compute)
         return CompiledPrompt(np.asarray(k).swapaxes(0, 1), np.asarray(v).swapaxes(0, 1), batch["example_lengths"][:, 0], self.fingerprint)
 
     @functools.cached_property
@@ -200,10 +214,10 @@ class XPrompt:
     # --- drawing
 
     def generate(
-        self, task: CompiledPrompt | Sequence[CompiledPrompt] | Sequence[Example], inputs: Sequence[ImageLike],
-        instruction: str | None = None, *, seed: int = 0, num_images: int = 1, defaults: str = "plain",
-        guidance: float | Guidance | None = None, temperature: float | None = None, top_k: int | None = None,
-        top_p: float | None = None, decoding: str = "jacobi", window: int = 16, progress: bool = False,
+        self, task: CompiledPrompt | Sequence[CompiledPrompt] | Sequence[Example] | None, inputs: Sequence[ImageLike],
+        instruction: str | None = None, *, retrieve_from: RetrievalIndex | None = None, encoder: Encoder | None = None, seed: int = 0,
+        num_images: int = 1, defaults: str = "plain", guidance: float | Guidance | None = None, temperature: float | None = None,
+        top_k: int | None = None, top_p: float | None = None, decoding: str = "jacobi", window: int = 16, progress: bool = False,
     ) -> list[PIL.Image.Image]:  # fmt: skip
         """Does to each input what the example shows.
 
@@ -211,6 +225,8 @@ class XPrompt:
           task: one compiled prompt for all inputs, one for each input, or examples (compiled on the way).
           inputs: images.
           instruction: of the task; None takes the example's.
+          retrieve_from, encoder: in place of a task (None), an index whose nearest pair to the instruction is the example, and the
+            encoder it was made with, if not the default one.
           seed: image j of every input depends on (seed, j) and its prompt alone, not on the batch.
           num_images: images per input.
           defaults: name of the settings that stand where an argument is None; see sample/defaults.py.
@@ -227,6 +243,11 @@ class XPrompt:
           UserError: an unreadable input, a compiled prompt of another model, an unknown name, a number out of its range, a
             prompt too long, a model whose logits are no numbers.
         """
+        if retrieve_from is not None:
+            if task is not None or not instruction:
+                raise UserError("retrieve_from finds the example by the instruction: give an instruction, and None for the task")
+            ((found, _),) = retrieve_from.retrieve(instruction, encoder=encoder)
+            task = [Example(found.input, found.output, found.instruction)]
         *_, images = self.stream(
             task, inputs, instruction, seed=seed, num_images=num_images, defaults=defaults, guidance=guidance, temperature=temperature,
             top_k=top_k, top_p=top_p, decoding=decoding, window=window, progress=progress, partial=False,
@@ -344,11 +365,8 @@ class XPrompt:
     def _mixed(self, prompt: str | Sequence[str | ImageLike]) -> np.ndarray:
         ids: list[int] = []
         for piece in [prompt] if isinstance(prompt, str) else prompt:
-            ids += (
-                self.tokenizer.encode(piece)
-                if isinstance(piece, str)
-                else self.prompter.layout.encode(self.encode_images([piece])[0]).tolist()
-            )
+            is_text = isinstance(piece, str)
+            ids += self.tokenizer.encode(piece) if is_text else self.prompter.layout.encode(self.encode_images([piece])[0]).tolist()
         return np.array([*ids, self.tokenizer.vocab.sep], np.int32)
 
     # --- the oracle
@@ -384,7 +402,7 @@ class XPrompt:
             blocks, counts = np.unique(np.stack([segment[is_xp], group[is_xp]]), axis=1, return_counts=True)
             if blocks.size and counts.max() > self.config.num_xp_tokens:
                 raise UserError(f"logits: row {row} has a group of {counts.max()} XP tokens, the model has {self.config.num_xp_tokens}")
-        return self._logits(self.decoder, np.where(table, ids, 0), roles, groups, positions, segments)
+        return self._logits(self.layers_apart, np.where(table, ids, 0), roles, groups, positions, segments)
 
     @functools.cached_property
     def _logits(self):

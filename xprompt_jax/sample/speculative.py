@@ -15,7 +15,7 @@ Two rules make proposals; both lose nothing (facts: inference.md 1.3, 1.5):
     jacobi        argmax(logits + noise), the noise of every position fixed by the seed. The image is a deterministic
                   function of the prompt and the seed, the same at every W: exactly the tokens of one-by-one decoding come
                   out. In float32 on one device that is to the last bit of every token; in bfloat16 a near tie may fall
-                  differently when W changes the matrix shapes.
+                  differently when W changes the matrix shapes, and so may the rounding of a key in an int8 cache.
     speculative   the draft, accepted or redrawn (rejection.py). Fewer passes; a seed's image depends on W, its law does not.
 
 Rows commit as many tokens as they have, each for itself. A row that reached the end of the chunk waits: it is not cut at
@@ -33,6 +33,7 @@ import jax.numpy as jnp
 
 from xprompt_jax.model.cache import Cache
 from xprompt_jax.model.chameleon import Chameleon, extend, project_logits
+from xprompt_jax.model.quantize import Int8
 from xprompt_jax.sample.logits import Sampling, choose, gumbel, probabilities
 from xprompt_jax.sample.rejection import couple
 from xprompt_jax.tokens import CODE
@@ -122,16 +123,17 @@ def decode(
     return jax.lax.while_loop(lambda d: jnp.any(d.pos < until), one_pass, drafts)
 
 
-@functools.partial(jax.jit, static_argnames=("window",), donate_argnames=("drafts",))
+@functools.partial(jax.jit, static_argnames=("window", "dtype"), donate_argnames=("drafts",))
 def decode_image(
-    model: Chameleon, image_head: jax.Array, first_id: jax.Array, drafts: Drafts, template: jax.Array, until: jax.Array,
-    keys: jax.Array, branch_weights: jax.Array, sampling: Sampling, *, window: int,
+    model: Chameleon, image_head: jax.Array | Int8, first_id: jax.Array, drafts: Drafts, template: jax.Array, until: jax.Array,
+    keys: jax.Array, branch_weights: jax.Array, sampling: Sampling, *, window: int, dtype: str,
 ) -> Drafts:  # fmt: skip
     """`decode` with the transformer; the memory is a cache of R * B rows, branch-major.
 
     Args:
       model: decoder with its layers apart.
       image_head: [D, codes], the head's columns of the image codes; no other token can be drawn.
+      dtype: of the computation.
     """
     branches, cache = branch_weights.shape[0], drafts.memory
     prompt = jnp.tile(drafts.pos, branches)
@@ -139,7 +141,7 @@ def decode_image(
     at = lambda cache, pos: Cache(cache.k, cache.v, length + jnp.tile(pos, branches), position + jnp.tile(pos, branches))
 
     def look(cache: Cache, fed: jax.Array, pos: jax.Array) -> tuple[jax.Array, Cache]:
-        x = model.embed[...].astype(image_head.dtype)[jnp.tile(fed, (branches, 1))]
+        x = model.embed[...].astype(dtype)[jnp.tile(fed, (branches, 1))]
         h, cache = extend(model.blocks, x, at(cache, pos), jnp.zeros_like(length), model.config.rope_theta)
         return project_logits(model.final(h), image_head).reshape(branches, *fed.shape, -1), cache
 

@@ -70,10 +70,10 @@ class Words(NamedTuple):
     """int32, id of code 0."""
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "num_codes"), donate_argnames=("rows",))
+@functools.partial(jax.jit, static_argnames=("steps", "num_codes", "dtype"), donate_argnames=("rows",))
 def write_tokens(
     model: Chameleon, rows: Rows, words: Words, written: jax.Array, limit: jax.Array, keys: jax.Array, scale: jax.Array,
-    text: Sampling, image: Sampling, penalty: jax.Array, *, steps: int, num_codes: int,
+    text: Sampling, image: Sampling, penalty: jax.Array, *, steps: int, num_codes: int, dtype: str,
 ) -> tuple[Rows, jax.Array]:  # fmt: skip
     """Writes `steps` more tokens.
 
@@ -87,13 +87,14 @@ def write_tokens(
       scale: guidance on the text while an image is drawn, where the cache has rows for it.
       text, image: sampling.
       penalty: of words that were written already.
+      dtype: of the computation.
 
     Returns:
       rows, and int32 [B, steps] tokens; -1 after the end of a row.
     """
     batch, end = rows.token.shape[0], words.template.shape[0] - 1
     guided = rows.cache.length.shape[0] > batch
-    head, embed = model.head[...], model.embed[...].astype(rows.cache.k[0].dtype)
+    head, embed = model.head[...], model.embed[...].astype(dtype)
 
     def step(rows: Rows, number: jax.Array) -> tuple[Rows, jax.Array]:
         cache = rows.cache
@@ -165,7 +166,7 @@ def write(
             # Room for whole turns of _STEPS: another max_tokens seldom compiles anything, and rows that have ended may go on in vain.
             cache = prefill(
                 model.layers_apart, model.config, [c for c, _ in before], [p for _, p in before], vocab.bos,
-                room=-(-max_tokens // _STEPS) * _STEPS, dtype=model.compute.dtype,
+                room=-(-max_tokens // _STEPS) * _STEPS, dtype=model.compute.dtype, cache_dtype=model.cache_dtype,
             )  # fmt: skip
         rows = Rows(
             cache, jnp.asarray([p[-1] for _, p in given], jnp.int32), jnp.full(batch, -1, jnp.int32),
@@ -177,7 +178,7 @@ def write(
             with explained_memory():
                 rows, tokens = write_tokens(
                     model.layers_apart, rows, words, np.int32(len(written) * _STEPS), np.int32(max_tokens), keys, np.float32(scale),
-                    text, image, np.float32(repetition_penalty), steps=_STEPS, num_codes=vocab.num_codes,
+                    text, image, np.float32(repetition_penalty), steps=_STEPS, num_codes=vocab.num_codes, dtype=model.compute.dtype,
                 )  # fmt: skip
                 written.append(np.asarray(tokens))
             check_sane(rows.sane, model.compute.dtype)

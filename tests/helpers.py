@@ -20,6 +20,9 @@ TINY = ModelConfig(
     vocab_size=448, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48, num_xp_tokens=3, vq=TINY_VQ
 )  # fmt: skip
 
+CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+"""First line of a process that a test interrupts: a shell's background jobs, and what they start, ignore SIGINT otherwise."""
+
 
 @functools.cache
 def tiny_tokenizer() -> Tokenizer:

@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from tests.helpers import FP32, TINY, tiny_tokenizer
+from tests.helpers import CTRL_C, FP32, TINY, tiny_tokenizer
 from tests.test_cli import ROOT, fails
 from xprompt_jax import CompiledPrompt, Example, XPrompt
 from xprompt_jax.data.images import save_png
@@ -67,8 +67,9 @@ def tasks(loaded, tmp_path_factory):
 def server(model, tasks):
     """A server process: its address and all it said so far."""
     flags = ["--tasks", str(tasks), "--port", "0", "--max-upload-mb", "0.1", "--max-images", "4", "--max-queue", "2"]
+    code = CTRL_C + "import runpy; runpy.run_module('xprompt_jax', run_name='__main__')"
     process = subprocess.Popen(
-        [sys.executable, "-m", "xprompt_jax", "serve", "--model", str(model), *flags], cwd=ROOT, text=True,
+        [sys.executable, "-c", code, "serve", "--model", str(model), *flags], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     said = [process.stdout.readline() for _ in range(2)]

@@ -19,6 +19,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from tests.helpers import CTRL_C
 from xprompt_jax.data import sources
 from xprompt_jax.data.annotate import GIVE_UP_AFTER, annotate, annotate_manifest, merge, read_answers
 from xprompt_jax.data.endpoint import Endpoint, batch_answers, chat_body, write_batch
@@ -312,7 +313,7 @@ def test_stopped_run_is_continued(server, tmp_path, how):
 
     server.script = script
     code = (
-        "import sys; from pathlib import Path; from xprompt_jax.data.annotate import annotate_manifest as a\n"
+        f"{CTRL_C}import sys; from pathlib import Path; from xprompt_jax.data.annotate import annotate_manifest as a\n"
         "a(Path(sys.argv[1]), Path(sys.argv[2]), kind='reverse', endpoint=sys.argv[3], model='stopped', concurrency=3, progress=False)"
     )
     command = [sys.executable, "-c", code, str(manifest), str(out), server.url]

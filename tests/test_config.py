@@ -51,3 +51,13 @@ def test_defaults_round_trip_and_heads_are_checked():
 def test_values_out_of_range_are_refused_by_name(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_the_quick_recipe_fits_the_demos_store():
+    """docs/training.md starts with it."""
+    from xprompt_jax import demo
+    from xprompt_jax.commands.train import load_config
+
+    config = load_config(Path(__file__).parents[1] / "configs/debug_cpu.py")
+    assert config.model.vq == demo.VQ and config.model.vocab_size >= demo.MODEL.vocab_size
+    assert all(bucket.kind == "image" for bucket in config.data.buckets)  # a store of plain pairs has no descriptions

@@ -1,6 +1,7 @@
 """`xprompt sample` on folders and manifests: what it writes, what it survives, what it refuses."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,6 +68,15 @@ def pixels(path):
 
 def content(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_an_input_called_contact_keeps_its_drawing(capsys, model, task, photos, tmp_path):
+    (tmp_path / "in").mkdir()
+    shutil.copy(photos / "0.png", tmp_path / "in/contact.png")
+    for _ in range(2):  # the second run finds it drawn
+        sample(capsys, "--model", model, "--task", task, "--inputs", tmp_path / "in", "--out", tmp_path / "o")
+        assert sorted(content(tmp_path / "o")) == ["contact-2.png", "contact.png", "samples.jsonl"]
+    assert pixels(tmp_path / "o/contact-2.png").shape == (16, 16, 3) and len(lines(tmp_path / "o/samples.jsonl")) == 1
 
 
 def test_a_folder_is_drawn_and_told(capsys, loaded, model, task, photos, tmp_path):

@@ -44,7 +44,10 @@ def write_tensors(path: str | os.PathLike, kind: str, tensors: Mapping[str, np.n
     import safetensors.numpy
 
     with atomic_path(path) as temporary:
-        safetensors.numpy.save_file(dict(tensors), temporary, metadata={"format": kind, **header})
+        try:
+            safetensors.numpy.save_file(dict(tensors), temporary, metadata={"format": kind, **header})
+        except safetensors.SafetensorError as e:  # it reports a full disk as its own error
+            raise UserError(f"{path}: cannot write: {e}; free space or choose another place") from None
 
 
 def read_tensors(path: str | os.PathLike, kind: str, what: str, command: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:

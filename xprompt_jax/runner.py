@@ -52,15 +52,23 @@ def run_training(config: Config, workdir: str | Path, *, progress: bool = True) 
     host = jax.process_index(), jax.process_count()
     source = lambda split: Rows(store, prompter, config.data, config.model.num_xp_tokens, split=split, host=host)
     rows = source("train")
-    held_out = any(pair.split == "eval" for pair in store.pairs) and config.train.eval_every > 0
+    held_out = None
+    if config.train.eval_every > 0:
+        try:
+            held_out = source("eval")
+        except UserError as e:  # a small store may hold out too little
+            log.warning("no evaluation while training: %s", e)
 
     draw = None
-    if config.train.samples and held_out:
+    if config.train.samples:
+        if held_out is None or config.data.mode != "xprompt":
+            raise UserError("train.samples draws held-out pairs through XP tokens at every evaluation: it needs train.eval_every, "
+                            "held-out pairs that fit the buckets, and data.mode xprompt; set it to 0")  # fmt: skip
         if jax.process_count() > 1:
             raise UserError("train.samples draws in runs of one process only; set --train.samples 0 and use `xprompt eval`")
         draw = _sampler(config, Path(workdir), store, lambda state: XPrompt(decoder_of(config, state), vqgan, tokenizer))
     state = train(
-        config, workdir, rows, eval_data=source("eval") if held_out else None, names=rows.names, on_eval=draw, progress=progress,
+        config, workdir, rows, eval_data=held_out, names=rows.names, on_eval=draw, progress=progress,
         initial=(lambda: _start(config)) if config.train.init_from else None,
     )  # fmt: skip
     if int(state.step) < config.train.steps:
@@ -85,7 +93,7 @@ def _sampler(config: Config, workdir: Path, store: Store, model_of: Callable[[Tr
     """Draws the same few held-out pairs after every evaluation: rows of example, input, drawn, target as one picture."""
     groups: dict[str, list[Pair]] = {}
     for pair in store.pairs:
-        if pair.split == "eval":
+        if pair.split == "eval" and pair.instruction and not pair.more_inputs:
             groups.setdefault(pair.group, []).append(pair)
     chosen = [group[:2] for group in groups.values() if len(group) > 1][: config.train.samples]
     if not chosen:

@@ -72,6 +72,17 @@ def test_a_writer_goes_on_from_its_mark(tmp_path):
         assert md5 == hashlib.md5(path.read_bytes()).hexdigest()
 
 
+def test_a_file_shorter_than_its_mark_is_refused(tmp_path):
+    """After a power cut, say: bytes that were noted need not have reached the disk."""
+    writer = TorchWriter(tmp_path / "a.pth")
+    writer.write("x", np.arange(100.0))
+    writer.mark()
+    writer.close()
+    (tmp_path / "a.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:500])
+    with pytest.raises(UserError, match="shorter than its notes say"):
+        TorchWriter(tmp_path / "a.pth")
+
+
 def test_files_beyond_four_gib(tmp_path):
     """Sizes and offsets that need zip64: a sparse file, of which no byte is stored. Python's zipfile reads it as we do."""
     path = tmp_path / "a.pth"

@@ -11,6 +11,7 @@ from tests.helpers import TINY_VQ, tiny_tokenizer
 from tests.vision.made import clip_tensors, write_clip
 from xprompt_jax.cli import main
 from xprompt_jax.config import BucketConfig, DataConfig
+from xprompt_jax.data import sources
 from xprompt_jax.data.pipeline import Rows
 from xprompt_jax.data.retrieval import HashedNgramEncoder, RetrievalIndex, build_index, neighbours
 from xprompt_jax.data.sources import Record
@@ -114,6 +115,35 @@ def test_index_file_round_trips_and_knows_its_source(tmp_path):
     (tmp_path / "bad").write_bytes(b"x")
     with pytest.raises(UserError, match="not a readable index"):
         RetrievalIndex.load(tmp_path / "bad")
+
+
+def test_what_cannot_be_an_example_is_not_retrieved(tmp_path):
+    """Pairs of several inputs and pairs without words have neighbours and are none; sharing a further input makes a session."""
+    lines = [
+        {"input": "a", "output": "b", "instruction": "try it on", "more_inputs": ["coat"]},
+        {"input": "c", "output": "d", "instruction": ""},
+        {"input": "e", "output": "f", "instruction": "try it on"},
+        {"input": "coat", "output": "g", "instruction": "try it on"},
+    ]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row | {"split": "train"}) + "\n" for row in lines))
+    index = build_index(tmp_path / "m.jsonl", k=2)
+    assert [set(row.tolist()) - {-1} for row in index.neighbours] == [{2}, {2, 3}, {3}, {2}]
+    index.save(tmp_path / "i")
+    assert len(RetrievalIndex.load(tmp_path / "i").retrieve("try it on", 2)) == 2
+    with pytest.raises(UserError, match="has 2 training pairs"):
+        index.retrieve("try it on", 3)
+
+
+def test_the_same_rows_are_held_out_wherever_a_manifest_lies(tmp_path, monkeypatch):
+    rows = "".join(json.dumps({"input": f"{i}.png", "output": f"{i}b.png", "instruction": "x"}) + "\n" for i in range(40))
+    splits = []
+    for place in ("here", "there/deep"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "m.jsonl").write_text(rows)
+        splits.append([r.split for r in sources.manifest(tmp_path / place / "m.jsonl", eval_fraction=0.3)])
+    monkeypatch.chdir(tmp_path)
+    splits.append([r.split for r in sources.manifest("here/m.jsonl", eval_fraction=0.3)])
+    assert splits[0] == splits[1] == splits[2] and {*splits[0]} == {"train", "eval"}
 
 
 def test_training_draws_retrieved_examples(tmp_path):

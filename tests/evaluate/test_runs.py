@@ -84,7 +84,10 @@ def test_other_settings_are_refused_or_drawn_anew(capsys, tiny_folders, pair_fol
     main([*again, "--seed", "1", "--overwrite"])
     assert images(out).keys() == before.keys() and images(out) != before
     (out / "run.json").unlink()
-    assert "no run.json says what they were drawn with" in fails(capsys, *again)
+    foreign = sorted(out.rglob("*.png"))
+    for flags in ([], ["--overwrite"]):  # what is not ours is never removed
+        assert "holds images that are not of `xprompt eval`" in fails(capsys, *again, *flags)
+    assert sorted(out.rglob("*.png")) == foreign
     (out / "run.json").write_text("{}")
     assert "run.json: not of this version" in fails(capsys, *again)
 

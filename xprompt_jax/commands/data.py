@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from xprompt_jax.errors import UserError
+
+_SOURCES = ("dataset", "manifest", "inputs", "world", "stores")
+_FLAGS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("split", "allow_partial", "palette", "classes", "expert", "password", "min_score", "mirror"), ("dataset",)),
+    **dict.fromkeys(("rename", "task", "instruction", "reverse_instruction"), ("inputs",)),
+    **dict.fromkeys(("photos", "seed"), ("world",)),
+    **dict.fromkeys(("model", "recipe", "eval_fraction"), _SOURCES[:4]),
+}
+"""Flags of `tokenize` -> the sources that they work on."""
 
 
 @dataclass
@@ -95,8 +105,7 @@ class Tokenize:
             raise UserError("--inputs and --outputs belong together; give both")
         if bool(self.dataset) != (self.root is not None):
             raise UserError("--dataset and --root belong together; give both")
-        if self.mirror and not self.dataset:
-            raise UserError("--mirror works on --dataset; leave it out")
+        self._check_flags()
         if self.export is not None:
             self._export(self.export)
             return
@@ -109,6 +118,18 @@ class Tokenize:
         else:
             store = self._tokenize(self.out)
         print(f"{self.out}: {len(store.pairs)} pairs, {len(store.codes)} images")
+
+    def _check_flags(self) -> None:
+        """Refuses what the given source has no use for: a flag that is passed over is a wrong store."""
+        source = next(name for name in _SOURCES if getattr(self, name) not in (None, "", ()))
+        for field in dataclasses.fields(self):
+            if field.name in _FLAGS and source not in _FLAGS[field.name] and getattr(self, field.name) != field.default:
+                flag, right = field.name.replace("_", "-"), " or ".join(f"--{name}" for name in _FLAGS[field.name])
+                raise UserError(f"--{flag} works on {right}, not on --{source}; leave it out")
+        if self.seed < 0:
+            raise UserError("--seed must not be negative")
+        if self.export is not None and self.out is not None:
+            raise UserError("--export writes a manifest, --out a store; give one of them")
 
     def _tokenize(self, out: Path):
         if not self.model:
@@ -248,6 +269,8 @@ class Index:
         """Writes the index."""
         if self.neighbours < 1:
             raise UserError("--neighbours must be at least 1")
+        if self.seed < 0:
+            raise UserError("--seed must not be negative")
         if (self.encoder == "clip") != (self.clip is not None):
             raise UserError("--encoder clip and --clip DIR belong together; give both")
         from xprompt_jax.data.retrieval import build_index

@@ -61,6 +61,8 @@ class Pairs(SamplingFlags):
         """Draws and scores."""
         if self.examples < 1 or self.queries < 0:
             raise UserError("--examples must be at least 1, and --queries at least 0")
+        if self.seed < 0:
+            raise UserError("--seed must not be negative")
         from xprompt_jax import XPrompt
         from xprompt_jax.evaluate.scores import evaluate, lines
         from xprompt_jax.evaluate.suites import find_records

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from xprompt_jax.convert.torchfile import STORAGES, contiguous
+from xprompt_jax.errors import UserError
 from xprompt_jax.files import atomic_path
 
 MARK = ".progress"
@@ -44,7 +45,9 @@ class _StoredZip:
         self.md5 = hashlib.md5(usedforsecurity=False)
         self._file = path.open("r+b" if size else "wb", buffering=0)  # entries are large, and a buffer would outlive a full disk
         while (left := size - self._file.tell()) > 0:
-            self.md5.update(self._file.read(min(_CHUNK, left)))
+            if not (chunk := self._file.read(min(_CHUNK, left))):
+                raise UserError(f"{path}: shorter than its notes say; remove {path.parent} and convert again")
+            self.md5.update(chunk)
         self._file.truncate(size)
 
     def append(self, name: str, data: bytes | memoryview) -> None:

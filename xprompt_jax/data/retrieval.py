@@ -20,7 +20,7 @@ import re
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +127,7 @@ class RetrievalIndex:
     features: np.ndarray
     """float32 [u, d], unit rows: the distinct instructions of training pairs."""
     instructions: np.ndarray
-    """int32 [n], the row of `features` that belongs to a pair; -1 for pairs that are held out."""
+    """int32 [n], the row of `features` that belongs to a pair; -1 for pairs that are held out or cannot be an example."""
     neighbours: np.ndarray
     """int32 [n, k], training pairs, nearest first; -1 where there are no more."""
     cosines: np.ndarray
@@ -226,10 +226,10 @@ def build_index(data: str | Path, *, k: int, eval_fraction: float = 0.0, seed: i
     """
     data = Path(data)
     rows: list = list(Store.open(data).pairs) if data.is_dir() else list(sources.manifest(data, eval_fraction=eval_fraction))
-    training = [i for i, row in enumerate(rows) if row.split == "train"]
+    training = [i for i, row in enumerate(rows) if _can_be_shown(row)]
     if not training:
         raise UserError(f"{data}: no training pair to retrieve")
-    sessions = _sessions([(row.input, row.output) for row in rows])
+    sessions = _sessions([(row.input, row.output, *row.more_inputs) for row in rows])
     texts = list(dict.fromkeys(rows[i].instruction for i in training))
     number = {text: i for i, text in enumerate(texts)}
     having: dict[int, list[int]] = defaultdict(list)
@@ -259,7 +259,7 @@ def build_index(data: str | Path, *, k: int, eval_fraction: float = 0.0, seed: i
                 break
         for place, (j, cosine) in enumerate(chosen):
             found[i, place], cosines[i, place] = j, cosine
-    held = np.array([number[row.instruction] if row.split == "train" else -1 for row in rows], np.int32)
+    held = np.array([number[row.instruction] if _can_be_shown(row) else -1 for row in rows], np.int32)
     return RetrievalIndex(features, held, found, cosines, data, _fingerprint(data), _rows_fingerprint(rows), encoder.name)
 
 
@@ -274,8 +274,13 @@ def _draw(rows: list[int], count: int, sessions: Sequence[int], own: int, rng: n
     return found
 
 
-def _sessions(pairs: Sequence[tuple[Hashable, Hashable]]) -> list[int]:
-    """Equal numbers for pairs that share an image, directly or through others (union-find)."""
+def _can_be_shown(row: Any) -> bool:
+    """Whether a pair can be an example: a training pair of one image to one image that says what it does."""
+    return row.split == "train" and bool(row.instruction) and not row.more_inputs
+
+
+def _sessions(rows: Sequence[tuple[Hashable, ...]]) -> list[int]:
+    """Equal numbers for rows that share an image, directly or through others (union-find)."""
     parent: dict[Hashable, Hashable] = {}
 
     def root(image: Hashable) -> Hashable:
@@ -285,10 +290,11 @@ def _sessions(pairs: Sequence[tuple[Hashable, Hashable]]) -> list[int]:
             image = parent[image]
         return image
 
-    for before, after in pairs:
-        parent[root(before)] = root(after)
+    for first, *others in rows:
+        for other in others:
+            parent[root(other)] = root(first)
     numbers: dict[Hashable, int] = {}
-    return [numbers.setdefault(root(before), len(numbers)) for before, _ in pairs]
+    return [numbers.setdefault(root(first), len(numbers)) for first, *_ in rows]
 
 
 def _fingerprint(source: Path) -> str:

@@ -116,10 +116,10 @@ def manifest_record(row: Mapping[str, Any], path: Path, number: int, eval_fracti
             else "'more_inputs' is no list of paths"
         )
         raise UserError(f"{path}, line {number}: {problem}; fields are {', '.join(sorted(names))}")
+    row.setdefault("split", held_out(row["input"], eval_fraction))  # by its name as written: wherever the manifest lies, the same rows
     row["input"], row["output"] = path.parent / row["input"], path.parent / row["output"]
     row["more_inputs"] = tuple(path.parent / name for name in more)
     row.setdefault("group", row.get("task", ""))
-    row.setdefault("split", held_out(str(row["input"]), eval_fraction))
     return Record(**row)
 
 

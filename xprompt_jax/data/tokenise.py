@@ -76,7 +76,7 @@ class Store:
         folder = Path(folder)
         try:
             header = json.loads((folder / "store.json").read_text())
-            lines = (folder / "pairs.jsonl").read_text().splitlines()
+            lines = (folder / "pairs.jsonl").read_text(encoding="utf-8").split("\n")[:-1]  # JSON may hold other ends of lines
             codes = np.load(folder / "codes.npy", mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as e:
             raise UserError(f"{folder}: not a complete token store ({e}); make it with `xprompt tokenize`") from None
@@ -143,8 +143,8 @@ def tokenize(
         count = 0
         with (
             Codes(temporary / "codes.npy", vqgan.config.grid) as codes,
-            (temporary / "pairs.jsonl").open("w") as f,
-            (temporary / "holdouts.jsonl").open("w") as judged,
+            (temporary / "pairs.jsonl").open("w", encoding="utf-8") as f,
+            (temporary / "holdouts.jsonl").open("w", encoding="utf-8") as judged,
         ):
             for record in tqdm(records, total=total, unit="pair", desc="tokenizing", disable=not progress):
                 fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(Pair)}
@@ -188,8 +188,11 @@ def merge(stores: Sequence[str | Path], out: str | Path) -> Store:
     with atomic_path(out) as temporary:
         shutil.copytree(folders[0] / "tokenizers", temporary / "tokenizers")
         images = pairs = 0
-        with Codes(temporary / "codes.npy", headers[0]["grid"]) as codes, (temporary / "pairs.jsonl").open("w") as lines, \
-                (temporary / "holdouts.jsonl").open("w") as judged:  # fmt: skip
+        with (
+            Codes(temporary / "codes.npy", headers[0]["grid"]) as codes,
+            (temporary / "pairs.jsonl").open("w", encoding="utf-8") as lines,
+            (temporary / "holdouts.jsonl").open("w", encoding="utf-8") as judged,
+        ):
             for folder, store in zip(folders, opened, strict=True):
                 for first in range(0, len(store.codes), 4096):
                     codes.append(store.codes[first : first + 4096])

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from xprompt_jax.errors import UserError
+
 EIGEN_CROP = (slice(45, 471), slice(41, 601))
 """Rows and columns of a 480 x 640 NYUv2 image that depth papers score."""
 
@@ -74,7 +76,7 @@ def _filter_valid(x: np.ndarray, taps: np.ndarray, axes: tuple[int, ...] = (0, 1
 def _ssim(image: np.ndarray, target: np.ndarray, taps: np.ndarray, unbias: float) -> float:
     """Mean SSIM of [h, w, c] over the places where the window fits."""
     if min(image.shape[:2]) < len(taps):
-        raise ValueError(f"images of {image.shape[1]} x {image.shape[0]} pixels are smaller than SSIM's window of {len(taps)}")
+        raise UserError(f"images of {image.shape[1]} x {image.shape[0]} pixels are below SSIM's window of {len(taps)}; leave them out")
     return _mean_similarity(image, target, lambda x: _filter_valid(x, taps), unbias)
 
 

@@ -32,12 +32,14 @@ def start(
       settings: JSON values that the images depend on.
       where: places of files, told in run.json; they may change if what lies there does not.
       images: the image files that `out` holds.
-      overwrite: removes them and forgets the settings of before.
+      overwrite: removes them and forgets the settings of before; what is not ours is never removed.
 
     Raises:
       UserError: `out` holds images of other settings, or of unknown ones; or it cannot be written.
     """
     path, settings = out / "run.json", json.loads(json.dumps({"format": FORMAT, **settings}))
+    if not path.exists() and any(True for _ in images()):
+        raise UserError(f"{out}: holds images that are not of `xprompt eval` (there is no run.json); choose another --out")
     if overwrite:
         for image in images():
             image.unlink(missing_ok=True)
@@ -47,8 +49,6 @@ def start(
             if name != "where" and old.get(name) != settings.get(name):
                 was, now = json.dumps(old.get(name)), json.dumps(settings.get(name))
                 raise UserError(f"{out}: its images were drawn with {name} {was}, not {now}; choose another --out, or give --overwrite")
-    elif any(True for _ in images()):
-        raise UserError(f"{out}: holds images, and no run.json says what they were drawn with; choose another --out, or give --overwrite")
     write_json(path, {**settings, "where": where or {}})
 
 

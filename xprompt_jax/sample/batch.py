@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SHEET = "contact.png"
 SHEET_ROWS = 40
 """Inputs on the contact sheet."""
 SHEET_SIDE = 128
@@ -153,7 +154,7 @@ def _read_manifest(path: Path) -> list[Request]:
 
 def _json_lines(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: cannot read: {getattr(e, 'strerror', None) or 'not a text file'}; correct the path or the file") from None
     for number, line in enumerate(lines, 1):
@@ -297,8 +298,8 @@ class _Folder:
         for record in records:
             self._compare(record)
         drawn = {record["file"]: record for record in records if (out / record["file"]).is_file()}
-        self._owners = {file: _key(record) for file, record in drawn.items()}
-        self._files = {key: file for file, key in self._owners.items()}
+        self._files = {_key(record): file for file, record in drawn.items()}
+        self._owners: dict[str, Any] = {file: key for key, file in self._files.items()} | {SHEET: None}  # an input may be called contact
         self._drawn = set(drawn)
         with atomic_path(self._samples) as temporary:  # without what a killed run left half written
             temporary.write_text("".join(json.dumps(record) + "\n" for record in drawn.values()), encoding="utf-8")
@@ -389,4 +390,4 @@ def _write_sheet(out: Path, plans: Sequence[_Plan], size: int) -> None:
             shown.append((f"drawn {index}" if len(plan.files) > 1 else "drawn", np.asarray(drawn)))
         rows.append(ReportRow(f"{plan.request.name} · {plan.told['instruction']}", "", tuple(shown)))
     title = f"{out.name}: {len(plans)} input(s)" + (f", the first {SHEET_ROWS}" if len(plans) > SHEET_ROWS else "")
-    contact_sheet(out / "contact.png", rows, title=title, scale=max(1, SHEET_SIDE // side))
+    contact_sheet(out / SHEET, rows, title=title, scale=max(1, SHEET_SIDE // side))

@@ -357,7 +357,8 @@ class XPrompt:
         rows = write(
             self, [(context, self._mixed(p)) for p in prompts], seed=seed, max_tokens=max_tokens,
             max_images=max_tokens // frame if max_images is None else max_images,
-            scale=scale.text if isinstance(scale, Guidance) else float(scale), text=text or base.text, image=image or base.image,
+            scale=(scale if isinstance(scale, Guidance) else Guidance(text=float(scale))).text, text=text or base.text,
+            image=image or base.image,
             repetition_penalty=base.repetition_penalty if repetition_penalty is None else repetition_penalty,
         )  # fmt: skip
         return [parts(self, row) for row in rows]

@@ -27,6 +27,19 @@ def forget_compiled_programs():
 
 
 @pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Folder of a random tiny model; to read."""
+    from tests.helpers import FP32, TINY, tiny_tokenizer
+    from xprompt_jax import XPrompt
+    from xprompt_jax.model.chameleon import Chameleon
+    from xprompt_jax.model.vqgan import VQGAN
+
+    path = tmp_path_factory.mktemp("m") / "tiny"
+    XPrompt(Chameleon(TINY, jax.random.key(0)), VQGAN(TINY.vq, jax.random.key(1)), tiny_tokenizer(), compute=FP32).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def world_store(tmp_path_factory):
     """A token store of 18 pairs of 16 px in 6 groups, two of them held out."""
     from tests.helpers import TINY_VQ, tiny_tokenizer

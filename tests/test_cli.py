@@ -7,13 +7,12 @@ import time
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-import jax
 import numpy as np
 import PIL.Image
 import pytest
 
-from tests.helpers import FP32, TINY, tiny_tokenizer
-from xprompt_jax import CompiledPrompt, UserError, XPrompt
+from tests.helpers import FP32, TINY
+from xprompt_jax import CompiledPrompt, UserError
 from xprompt_jax.cli import COMMANDS, main
 from xprompt_jax.commands.data import Annotate
 from xprompt_jax.commands.evaluate import PAIR_SUITES
@@ -24,8 +23,6 @@ from xprompt_jax.data.questions import QUESTIONS
 from xprompt_jax.data.retrieval import RetrievalIndex
 from xprompt_jax.data.sources import manifest as manifest_records
 from xprompt_jax.evaluate.suites import SUITES
-from xprompt_jax.model.chameleon import Chameleon
-from xprompt_jax.model.vqgan import VQGAN
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,10 +43,8 @@ def fails(capsys, *arguments):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("m") / "tiny"
-    XPrompt(Chameleon(TINY, jax.random.key(0)), VQGAN(TINY.vq, jax.random.key(1)), tiny_tokenizer(), compute=FP32).save_pretrained(path)
-    return path
+def model(tiny_model):
+    return tiny_model
 
 
 @pytest.fixture(scope="module")

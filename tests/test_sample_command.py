@@ -12,20 +12,17 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from tests.helpers import FP32, TINY, tiny_tokenizer
+from tests.helpers import FP32, TINY
 from tests.test_cli import ROOT, fails, run
 from xprompt_jax import Example, XPrompt
 from xprompt_jax.cli import main
 from xprompt_jax.data.images import save_png
 from xprompt_jax.model.chameleon import Chameleon
-from xprompt_jax.model.vqgan import VQGAN
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("m") / "tiny"
-    XPrompt(Chameleon(TINY, jax.random.key(0)), VQGAN(TINY.vq, jax.random.key(1)), tiny_tokenizer(), compute=FP32).save_pretrained(path)
-    return path
+def model(tiny_model):
+    return tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -11,17 +11,14 @@ import threading
 import time
 from urllib.parse import urlsplit
 
-import jax
 import numpy as np
 import PIL.Image
 import pytest
 
-from tests.helpers import CTRL_C, FP32, TINY, tiny_tokenizer
+from tests.helpers import CTRL_C, FP32, TINY
 from tests.test_cli import ROOT, fails
 from xprompt_jax import CompiledPrompt, Example, XPrompt
 from xprompt_jax.data.images import save_png
-from xprompt_jax.model.chameleon import Chameleon
-from xprompt_jax.model.vqgan import VQGAN
 
 pytest.importorskip("uvicorn", reason="pip install 'xprompt-jax[serve]'")
 
@@ -44,10 +41,8 @@ PAIR = {"before": [png(photo(0))], "after": [png(photo(1))]}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("m") / "tiny"
-    XPrompt(Chameleon(TINY, jax.random.key(0)), VQGAN(TINY.vq, jax.random.key(1)), tiny_tokenizer(), compute=FP32).save_pretrained(path)
-    return path
+def model(tiny_model):
+    return tiny_model
 
 
 @pytest.fixture(scope="module")

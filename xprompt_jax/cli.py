@@ -79,7 +79,7 @@ def _one_line(text: str) -> str:
         return f"missing {', '.join(flags)}"
     if match := re.search(r"Error parsing (.+?)(?= Argument helptext| For full |$)", found):
         return f"cannot read {match[1]}"
-    return "; ".join(line for line in lines[1:] if not line.startswith("For full helptext"))
+    return " ".join(line for line in lines[1:] if not line.startswith("For full helptext"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

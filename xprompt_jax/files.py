@@ -1,12 +1,14 @@
-"""Writing files whole or not at all; small files of ours that are tensors and a header."""
+"""Writing files whole or not at all; small files: JSON lines, tensors with a header."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +39,28 @@ def atomic_path(path: str | os.PathLike, writer: int | None = None) -> Iterator[
         shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):  # it never came to be, or was a folder
             temporary.unlink()
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Objects of a small JSONL file with their line numbers, from 1; empty lines are passed over. Large ones: data/readers.
+
+    Raises:
+      UserError: the file cannot be read, or a line is no JSON object.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other ends of lines
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot read: {getattr(e, 'strerror', None) or 'not a text file'}; correct the path or the file") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: not a JSON object; write one object a line")
+        yield number, row
 
 
 def write_tensors(path: str | os.PathLike, kind: str, tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from xprompt_jax.errors import UserError
+
 
 @dataclass(kw_only=True)
 class PrecisionFlags:
@@ -45,8 +47,12 @@ class SamplingFlags:
         Raises:
           UserError: a number out of its range.
         """
+        if self.window < 1:
+            raise UserError("--window must be at least 1")
         from xprompt_jax.sample.defaults import defaults, override
+        from xprompt_jax.sample.guidance import Guidance
 
+        Guidance.of(1.0 if self.guidance is None else self.guidance)
         drawn = override(defaults(self.defaults).image, self.temperature, self.top_k, self.top_p)
         return {
             "defaults": self.defaults, "guidance": self.guidance, "temperature": drawn.temperature, "top_k": drawn.top_k,

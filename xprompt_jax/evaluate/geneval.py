@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from xprompt_jax.errors import UserError
 from xprompt_jax.evaluate import geneval_rules as rules
 from xprompt_jax.evaluate.report import Table, write_report
 from xprompt_jax.evaluate.results import FORMAT, fingerprint, read_json, start, versions, write_json
-from xprompt_jax.files import atomic_path
+from xprompt_jax.files import atomic_path, read_json_lines
 
 if TYPE_CHECKING:
     from xprompt_jax.sample.sampler import XPrompt
@@ -47,7 +47,7 @@ def read_metadata(path: Path) -> list[dict[str, Any]]:
       UserError: unreadable, empty, or a line of another kind.
     """
     rows = []
-    for number, row in _lines(path):
+    for number, row in read_json_lines(path):
         problem = _problem(row)
         if problem:
             raise UserError(f"{path}, line {number}: {problem}; give GenEval's evaluation_metadata.jsonl")
@@ -77,24 +77,6 @@ def _problem(row: Mapping[str, Any]) -> str:
                 ):
                     return f'"position" must be one of {", ".join(rules.RELATIONS)} and the number of a clause before it'
     return ""
-
-
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Objects of a JSONL file and their line numbers."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot read: {getattr(e, 'strerror', None) or 'not a text file'}; correct the path") from None
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: not a JSON object; write one a line")
-        yield number, row
 
 
 def sample_path(out: Path, prompt: int, image: int) -> Path:
@@ -158,7 +140,7 @@ def check_folder(out: Path, metadata: Sequence[Mapping[str, Any]], num_images: i
                             "draw them with --model, or correct --data and --num-images")  # fmt: skip
     for prompt, row in enumerate(metadata):
         path = out / f"{prompt:05d}" / "metadata.jsonl"
-        if [r for _, r in _lines(path)] != [row]:
+        if [r for _, r in read_json_lines(path)] != [row]:
             raise UserError(f"{path}: not line {prompt + 1} of --data; these images are of other prompts")
 
 
@@ -169,7 +151,7 @@ def _images_of(path: Path, metadata: Sequence[Mapping[str, Any]], num_images: in
       UserError: an image is missing, unknown or there twice.
     """
     found: dict[Image, dict[str, Any]] = {}
-    for number, row in _lines(path):
+    for number, row in read_json_lines(path):
         where, match = f"{path}, line {number}", re.search(r"(\d+)[/\\]samples[/\\](\d+)\.png$", str(row.get("filename", "")))
         if not match:
             raise UserError(f'{where}: "filename" must end like 00000/samples/0000.png')

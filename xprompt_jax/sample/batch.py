@@ -18,7 +18,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from xprompt_jax.data.images import list_images, open_image, resize_center_crop, save_png
 from xprompt_jax.errors import UserError
 from xprompt_jax.evaluate.report import ReportRow, contact_sheet
-from xprompt_jax.files import atomic_path
+from xprompt_jax.files import atomic_path, read_json_lines
 from xprompt_jax.sample.compiled import CompiledPrompt
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ _MANIFEST: Mapping[str, type] = {"input": str, "instruction": str, "task": str, 
 
 def _read_manifest(path: Path) -> list[Request]:
     found = []
-    for number, row in _json_lines(path):
+    for number, row in read_json_lines(path):
         where = f"{path}, line {number}"
         for field, value in row.items():
             if field not in _MANIFEST:
@@ -150,23 +150,6 @@ def _read_manifest(path: Path) -> list[Request]:
     if not found:
         raise UserError(f'{path}: empty; write one {{"input": "photo.png"}} a line')
     return found
-
-
-def _json_lines(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot read: {getattr(e, 'strerror', None) or 'not a text file'}; correct the path or the file") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: not a JSON object; write one object a line")
-        yield number, row
 
 
 def _is_below(name: str) -> bool:

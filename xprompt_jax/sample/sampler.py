@@ -27,7 +27,7 @@ from xprompt_jax.model.chameleon import Chameleon, restacked, unstacked
 from xprompt_jax.model.params import flatten
 from xprompt_jax.model.quantize import Int8
 from xprompt_jax.model.vqgan import VQGAN
-from xprompt_jax.prompt import DESCRIBE_QUESTION, Prompter, Role, Sample, SlotShape, fill, stack
+from xprompt_jax.prompt import DESCRIBE_QUESTION, Prompter, Sample, SlotShape, fill, stack
 from xprompt_jax.sample.compiled import CompiledPrompt
 from xprompt_jax.sample.defaults import defaults as settings
 from xprompt_jax.sample.defaults import override
@@ -35,6 +35,7 @@ from xprompt_jax.sample.draw import MAX_BATCH as MAX_BATCH
 from xprompt_jax.sample.draw import check_list, draw
 from xprompt_jax.sample.guidance import Guidance
 from xprompt_jax.sample.logits import Sampling
+from xprompt_jax.sample.oracle import check_slots
 from xprompt_jax.sample.prefill import PROMPT_STEP
 from xprompt_jax.sample.thumbnails import thumbnail
 from xprompt_jax.sample.write import parts, write
@@ -385,25 +386,8 @@ class XPrompt:
         Raises:
           UserError: shapes differ, a role or id is unknown, or a group has more XP tokens than the model.
         """
-        ids = np.asarray(ids, np.int32)
-        full = lambda value, default: np.asarray(default if value is None else value, np.int32)
-        roles = full(roles, np.full_like(ids, Role.TD))
-        groups = full(groups, np.zeros_like(ids))
-        positions = full(positions, np.broadcast_to(np.arange(ids.shape[-1]), ids.shape))
-        segments = full(segments, np.zeros_like(ids))
-        if ids.ndim != 2 or not ids.size or any(a.shape != ids.shape for a in (roles, groups, positions, segments)):
-            raise UserError("logits: ids, roles, groups, positions and segments must all be [B, L], with at least one token")
-        if not np.isin(roles, [r.value for r in Role]).all():
-            raise UserError(f"logits: roles must be values of Role, {[r.value for r in Role]}")
-        table = (roles != Role.XP) & (roles != Role.PAD)
-        if ((ids < 0) | (ids >= self.config.vocab_size))[table].any():
-            raise UserError(f"logits: ids must be in 0..{self.config.vocab_size - 1}")
-        for row, (role, group, segment) in enumerate(zip(roles, groups, segments, strict=True)):
-            is_xp = role == Role.XP
-            blocks, counts = np.unique(np.stack([segment[is_xp], group[is_xp]]), axis=1, return_counts=True)
-            if blocks.size and counts.max() > self.config.num_xp_tokens:
-                raise UserError(f"logits: row {row} has a group of {counts.max()} XP tokens, the model has {self.config.num_xp_tokens}")
-        return self._logits(self.layers_apart, np.where(table, ids, 0), roles, groups, positions, segments)
+        checked = check_slots(self.config, ids, roles, groups, positions, segments)
+        return self._logits(self.layers_apart, *checked)
 
     @functools.cached_property
     def _logits(self):

@@ -13,13 +13,14 @@ Memory (GiB = 2^30 bytes; the card has 141e9 bytes = 131):
                                                                                             117.9
 
 The TPU compiler asks for 124 for the same step (docs/scaling.md); not yet tried on the card. Start it with
-XLA_PYTHON_CLIENT_MEM_FRACTION=0.95. What does not fit: a second bucket (its gradients stand beside the first's, 26 more) and
-`train.accumulate` (the sum is kept, 26 more). On two cards with `--mesh.fsdp 2` both do. On one, there is
+XLA_PYTHON_CLIENT_MEM_FRACTION=0.95. The four rows may be of several buckets, which share their gradients: 2 in context, 1 describe and
+1 text to image ask for 122. What does not fit is `train.accumulate` (the sum is kept, 26 more). On two cards with `--mesh.fsdp 2` it does.
+On one, there is
 
-    --optim.moment-dtype bfloat16        moments in 26.1 instead of 52.2: 91.8 in all. The TPU compiler asks for 98; a second bucket or
-                                         `train.accumulate` then needs as much as this table
+    --optim.moment-dtype bfloat16        moments in 26.1 instead of 52.2: 91.8 in all. The TPU compiler asks for 98; `train.accumulate` then
+                                         needs as much as this table
     --optim.trainable lora --optim.frozen-dtype bfloat16     weights 7.01e9 x 2 bytes = 13.1, adapters of rank 16, 40e6 x 16 = 0.6.
-                                         The TPU compiler asks for 32: also a card of 40 or 48
+                                         The TPU compiler asks for 31: also a card of 40 or 48
     --optim.trainable xp --optim.frozen-dtype bfloat16       the TPU compiler asks for 28
 """
 

@@ -7,14 +7,14 @@ most and tensor takes the rest: 1 on 128 chips, 2 on 256, 4 on 512 (docs/scaling
 Memory of one of 256 devices, which holds rows 6 + 1 + 1 of the buckets, 6 x 4673 + 2881 + 1537 = 32,456 slots (GiB = 2^30 bytes):
 
     weights and two moments   7.01e9 x (4 + 4 + 4) bytes / 256                                0.3
-    gradients, of two buckets at once     7.01e9 x 4 x 2 / 256                                0.2
+    gradients                 7.01e9 x 4 / 256                                                0.1
     block inputs (remat)      32,456 x 4096 x 2 bytes x 32 layers, whole on both of tensor    7.9
-    one layer in the backward pass, 28,038 slots x ((4 x 4096 + 3 x 11008) / 2 + 4 x 4096)
-                              x 2 bytes, and as much for gradients                            4.3
-    logits of a slice         6 x 1027 x 32,768 x 4 bytes, and their gradient                 1.5
+    one layer in the backward pass, 32,456 slots x ((4 x 4096 + 3 x 11008) / 2 + 4 x 4096)
+                              x 2 bytes, and as much for gradients                            5.0
+    logits of a slice         7637 x 32,768 x 4 bytes, and their gradient                     1.9
     weights made whole        two layers, the head twice, the embedding's gradient            1.6
                                                                                              ----
-                                                                                             15.8
+                                                                                             16.8
 
 The TPU compiler asks for a quarter more (docs/scaling.md). A v5p has 95, an H100 75, a v6e 30.
 """

@@ -10,18 +10,20 @@ import pytest
 from tests.convert.folders import meta_folder
 from tests.helpers import FP32, TINY
 from xprompt_jax import UserError, XPrompt
-from xprompt_jax.config import BucketConfig, Config, DataConfig, OptimConfig, TrainConfig
+from xprompt_jax.cli import main
+from xprompt_jax.config import BucketConfig, Config, DataConfig, MeshConfig, OptimConfig, TrainConfig
 from xprompt_jax.convert.formats import open_source
-from xprompt_jax.data.tokenise import Store
+from xprompt_jax.data.store import Store
+from xprompt_jax.model.params import flatten
 from xprompt_jax.model.vqgan import VQGAN
-from xprompt_jax.runner import run_training
+from xprompt_jax.runner import export_checkpoint, run_training
 
 
 def config(store, **train):
     bucket = BucketConfig("in_context", examples=1, context=96, todo=96, answer=19, rows=8)
     return Config(
         model=TINY, compute=FP32, data=DataConfig(store=str(store), buckets=(bucket,)),
-        optim=OptimConfig(warmup_steps=1), train=TrainConfig(steps=2, save_every=2, eval_batches=1, **{"eval_every": 1} | train),
+        optim=OptimConfig(warmup_steps=1), train=TrainConfig(steps=2, eval_batches=1, **{"save_every": 2, "eval_every": 1} | train),
     )  # fmt: skip
 
 
@@ -55,6 +57,32 @@ def test_a_run_starts_from_any_format(world_store, tmp_path):
     np.testing.assert_array_equal(model.decoder.blocks.mlp.up[...][1], start.read("blocks.1.mlp.up"))
     assert model.xp_embeddings.shape == (3, 32)
     assert not np.asarray(model.decoder.head[...])[:, 4:36].any()  # Meta's head cannot draw, so it starts at zero
+
+
+@pytest.mark.parametrize("kind", ["all", "lora"])
+def test_a_checkpoint_becomes_a_model_folder(world_store, tmp_path, kind, capsys):
+    """The last step's is the model of the finished run, merged adapters and moving average included; any mesh's is read here."""
+    run = config(world_store, save_every=1, keep=2)
+    optim = OptimConfig(warmup_steps=1, trainable=kind, lora_rank=2, ema_decay=0.5)
+    run_training(dataclasses.replace(run, optim=optim, mesh=MeshConfig(data=2, fsdp=2, tensor=2)), tmp_path / "run", progress=False)
+    assert export_checkpoint(tmp_path / "run", tmp_path / "last") == 2
+    want, last = (flatten(XPrompt.from_pretrained(path).decoder) for path in (tmp_path / "run/model", tmp_path / "last"))
+    for name in want:
+        np.testing.assert_array_equal(want[name], last[name], err_msg=name)
+    main(["export", "--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "first"), "--step", "1"])
+    assert "step 1 of" in capsys.readouterr().out
+    assert not np.array_equal(flatten(XPrompt.from_pretrained(tmp_path / "first").decoder)["xp"], want["xp"])
+    with pytest.raises(UserError, match=r"no checkpoint 7; there are \[1, 2\]"):
+        export_checkpoint(tmp_path / "run", tmp_path / "x", step=7)
+    with pytest.raises(UserError, match=r"none/config\.json"):
+        export_checkpoint(tmp_path / "none", tmp_path / "x")
+    (tmp_path / "run/checkpoints/2/_METADATA").unlink(missing_ok=True)
+    for part in (tmp_path / "run/checkpoints/2").rglob("*"):
+        if part.is_file() and "ocdbt" not in part.name and part.stat().st_size > 1000:
+            part.write_bytes(b"")
+    with pytest.raises(UserError, match="checkpoint 2 cannot be read|no checkpoint 2"):
+        export_checkpoint(tmp_path / "run", tmp_path / "x", step=2)
+    assert not (tmp_path / "x").exists()
 
 
 def test_what_does_not_belong_together_is_told(world_store, tmp_path):

@@ -176,6 +176,27 @@ def test_manifest(capsys, loaded, model, task, photos, tmp_path):
         np.testing.assert_array_equal(np.asarray(want), pixels(tmp_path / "o" / file))
 
 
+def test_instructions_that_do_not_fit_are_left_out_and_told(capsys, loaded, model, task, photos, tmp_path):
+    """In the middle of a batch; the rest of it is drawn as if it had not been there."""
+    long = "rain " * 20_000
+    rows = [{"input": str(photos / f"{i}.png"), "name": f"{i}"} | ({"instruction": long} if i == 1 else {}) for i in range(3)]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(SystemExit) as exit:
+        main([str(a) for a in ["sample", "--model", model, "--task", task, "--inputs", tmp_path / "m.jsonl", "--out", tmp_path / "o"]])
+    assert exit.value.code == 2 and "1 of 3 inputs could not be used" in capsys.readouterr().err
+    (error,) = lines(tmp_path / "o/errors.jsonl")
+    assert error["input"] == str(photos / "1.png") and "tokens and 34 to come do not fit 16384" in error["error"]
+    want = loaded.generate([Example(photos / "0.png", photos / "2.png", "remove the rain")], [photos / "0.png", photos / "2.png"])
+    for name, image in zip("02", want, strict=True):
+        np.testing.assert_array_equal(pixels(tmp_path / "o" / f"{name}.png"), np.asarray(image))
+
+    with pytest.raises(SystemExit):
+        main([str(a) for a in ["sample", "--model", model, "--texts", "add rain", long, "--out", tmp_path / "t"]])
+    assert "1 of 2 inputs could not be used" in capsys.readouterr().err
+    assert sorted(n for n in content(tmp_path / "t") if n.endswith(".png")) == ["0000.png", "contact.png"]
+    assert lines(tmp_path / "t/errors.jsonl")[0]["input"] == long
+
+
 @pytest.mark.parametrize("text, message", [
     ("[1]", "m.jsonl, line 1: not a JSON object"), ("{", "line 1: not a JSON object"), ("", "m.jsonl: empty"),
     ('{"seed": 1}', "line 1: no input"), ('{"input": "a.png", "sede": 1}', "line 1: unknown field 'sede'"),

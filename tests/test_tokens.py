@@ -82,6 +82,11 @@ def test_text_cannot_forge_structure(text, name):
     assert set(ids) <= set(tokenizer.vocab.text_ids)
 
 
+def test_half_a_character_is_a_question_mark():
+    tokenizer = tiny_tokenizer()
+    assert tokenizer.encode("a \ud800 b") == tokenizer.encode("a ? b")
+
+
 def test_bad_files_are_named(tmp_path):
     path = tmp_path / "text_tokenizer.json"
     with pytest.raises(UserError, match="no such file"):

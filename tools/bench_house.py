@@ -58,7 +58,7 @@ def pipeline(demo: Path) -> dict[str, float]:
     from xprompt_jax.config import Config, load_json
     from xprompt_jax.convert.native import load_tokenizers
     from xprompt_jax.data.pipeline import Rows
-    from xprompt_jax.data.tokenise import Store
+    from xprompt_jax.data.store import Store
     from xprompt_jax.prompt import Prompter
     from xprompt_jax.tokens import Layout
     from xprompt_jax.train.metrics import read_metrics

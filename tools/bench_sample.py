@@ -19,17 +19,13 @@ import argparse
 import functools
 import json
 import os
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from _bench import run_alone, save
 
 from xprompt_jax.config import PRESETS
 
@@ -62,32 +58,18 @@ def main() -> None:
         save_mini(Path(folder) / "mini")
         models = {"mini, random weights": Path(folder) / "mini"} | ({TRAINED: args.model} if args.model else {})
         for name, path in models.items():
-            tables[name] = {contender: run_one(contender, path, args) for contender in args.contenders}
+            flags = ["--repeats", args.repeats, "--batches", *args.batches]
+            tables[name] = {contender: run_alone("--one", contender, path, *flags) for contender in args.contenders}
             check_logits(tables[name])
             print(name, json.dumps(tables[name], indent=1), flush=True)
-    result = {
+    told = compare(tables)
+    print(json.dumps(told, indent=1))
+    save(args.out, {
         "benchmark": "sample",
         "seconds_per_image": tables,
-        "beside_the_goals": compare(tables),
+        "beside_the_goals": told,
         "trained_model": str(args.model) if args.model else "none given; random weights are nearly flat, which flatters parallel decoding",
-        "cpus_allowed": len(os.sched_getaffinity(0)),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in ("jax", "torch", "transformers")},
-        "command": shlex.join(["python", *sys.argv]),
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result["beside_the_goals"], indent=1))
-    print(args.out)
-
-
-def run_one(contender: str, model: Path, args: argparse.Namespace) -> dict:
-    """A contender's figures from a process of its own, or why there are none."""
-    flags = ["--one", contender, str(model), "--repeats", str(args.repeats), "--batches", *map(str, args.batches)]
-    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True)
-    if done.returncode:
-        return {"failed": done.stderr.strip().splitlines()[-1][:300]}
-    return json.loads(done.stdout.splitlines()[-1])
+    })  # fmt: skip
 
 
 def check_logits(table: dict) -> None:

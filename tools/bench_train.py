@@ -5,9 +5,10 @@
 
 Contenders, each in a process of its own, float32:
 
-    split   our training step: examples encoded apart, the task sees their XP keys, no mask
-    dense   the same model with the XP mask as a matrix (our oracle)
-    torch   Hugging Face's ChameleonForConditionalGeneration with the same 4-D mask (sdpa), fused AdamW
+    split          our training step: examples encoded apart, the task sees their XP keys, no mask
+    split, remat   the same with one compiled layer in a loop, whose backward pass makes again what is cheap to make (remat = names)
+    dense          the same model with the XP mask as a matrix (our oracle)
+    torch          Hugging Face's ChameleonForConditionalGeneration with the same 4-D mask (sdpa), fused AdamW
 
 All of them compute the head and the loss on the answer's tokens alone, which Hugging Face's own loss does not. First losses must agree.
 Prints medians over turns and peak resident memory; writes benchmarks/results/train_<device>.json.
@@ -15,23 +16,19 @@ Prints medians over turns and peak resident memory; writes benchmarks/results/tr
 
 import argparse
 import json
-import os
-import platform
 import resource
-import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from _bench import run_alone, save
 
 from xprompt_jax.config import PRESETS, BucketConfig, ComputeConfig, Config, DataConfig, OptimConfig, TrainConfig
 
-CONTENDERS = ("split", "dense", "torch")
+CONTENDERS = ("split", "split, remat", "dense", "torch")
 
 
 def main() -> None:
@@ -47,7 +44,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args.one[0], Path(args.one[1]), config_of(args, args.examples[0]), args.steps)))
+        print(json.dumps(measure(args.one[0], Path(args.one[1]), config_of(args, args.examples[0], args.one[0]), args.steps)))
         return
 
     tables = {}
@@ -57,10 +54,10 @@ def main() -> None:
             save_weights(Path(folder) / "model", config_of(args, examples))
             for _ in range(args.turns):
                 for name in args.contenders:
-                    command = [sys.executable, __file__, "--one", name, folder, "--model", args.model, "--rows", str(args.rows)]
-                    command += ["--examples", str(examples), "--steps", str(args.steps)]
-                    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-                    turns[name].append(json.loads(out.splitlines()[-1]))
+                    flags = ["--model", args.model, "--rows", args.rows, "--examples", examples, "--steps", args.steps]
+                    turns[name].append(run_alone("--one", name, folder, *flags))
+                    if "failed" in turns[name][-1]:
+                        sys.exit(f"{name}: {turns[name][-1]['failed']}")
         losses = [turn["first_loss"] for found in turns.values() for turn in found]
         assert np.allclose(losses, losses[0], rtol=1e-4), f"the contenders do not compute the same: {losses}"
         tables[examples] = {
@@ -71,27 +68,17 @@ def main() -> None:
             for name, found in turns.items()
         }
         print(f"{examples} example(s): {json.dumps(tables[examples])}", flush=True)
-    result = {
-        "benchmark": "train",
-        "model": args.model,
-        "rows": args.rows,
-        "by_examples": tables,
-        "cpus_allowed": len(os.sched_getaffinity(0)),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in ("jax", "torch", "transformers")},
-        "command": shlex.join(["python", *sys.argv]),
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"train_cpu{'_examples' if len(args.examples) > 1 else ''}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(path)
+    save(path, {"benchmark": "train", "model": args.model, "rows": args.rows, "by_examples": tables})
 
 
-def config_of(args, examples: int) -> Config:
+def config_of(args, examples: int, contender: str = "split") -> Config:
     """The mini's longest bucket, with as many examples as asked for."""
+    remat = contender == "split, remat"
+    compute = ComputeConfig(dtype="float32", scan_layers=remat, remat="names" if remat else "none")
     bucket = BucketConfig("in_context", examples=examples, context=576, todo=576, answer=259, rows=args.rows)
     return Config(
-        model=PRESETS[args.model], compute=ComputeConfig(dtype="float32", scan_layers=False), data=DataConfig(buckets=(bucket,)),
+        model=PRESETS[args.model], compute=compute, data=DataConfig(buckets=(bucket,)),
         optim=OptimConfig(learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.1), train=TrainConfig(steps=1000),
     )  # fmt: skip
 
@@ -128,7 +115,7 @@ def rows_of(config: Config, step: int):
 
 def measure(name: str, folder: Path, config: Config, steps: int) -> dict:
     """Seconds of each step after the first, the first loss, peak memory of this process."""
-    step = {"split": split_step, "dense": dense_step, "torch": torch_step}[name](folder, config)
+    step = {"dense": dense_step, "torch": torch_step}.get(name, split_step)(folder, config)
     loss, seconds = step(0), []
     for i in range(1, steps + 1):
         start = time.perf_counter()

@@ -3,7 +3,7 @@
     python tools/check_kill.py --kills 20
 
 A small model trains on rendered scenes, saving every few steps in the background. The process gets SIGKILL at a random moment after
-it has gone on (in a step, in a save, in an evaluation), and the same command is started again, until the kills are used up and
+a random number of steps (in a step, in a save, in an evaluation), and the same command is started again, until the kills are used up and
 it finishes. Its parameters and losses must be those of a run that nobody touched, to the last bit.
 """
 
@@ -54,10 +54,13 @@ def main() -> None:
     seen = []
     for number in range(args.kills):
         process = start("killed")
-        before = last_step(folder / "killed")
-        while last_step(folder / "killed") == before and process.poll() is None:
+        goal, step = rng.randint(1, max(2, args.steps // args.kills)), last_step(folder / "killed")
+        start_of_life = step
+        while step - start_of_life < goal and process.poll() is None:
             time.sleep(0.01)
-        time.sleep(rng.uniform(0, 1.5))
+            step = last_step(folder / "killed")
+            start_of_life = min(start_of_life, step)  # it takes back what was not saved
+        time.sleep(rng.uniform(0, 0.5))
         if process.poll() is not None:
             print(f"the run was over before kill {number + 1}; give more --steps")
             break

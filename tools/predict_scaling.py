@@ -101,10 +101,10 @@ class Plan:
 
     def sent(self) -> dict[str, float]:
         """Bytes a device sends per step along each mesh axis, with remat = block."""
-        m, runs = self.config.model, self.accumulate * len(self.config.data.buckets)
+        m, runs = self.config.model, self.accumulate
         ring = lambda n: (n - 1) / n
-        # A layer is gathered forward and backward and its gradient scattered, in bfloat16, for every bucket of every microbatch. So is the
-        # head, whose backward gather and gradient are float32. Embedded rows are exchanged, and so are their gradients.
+        # A layer is gathered forward and backward and its gradient scattered, in bfloat16, for every microbatch, all its buckets together.
+        # So is the head, whose backward gather and gradient are float32. Embedded rows are exchanged, and so are their gradients.
         gathered = runs * (m.num_layers * self.layer * 3 * 2 + self.table * (2 + 2 + 4 + 4)) / self.tensor
         hidden = self.accumulate * self.slots * m.dim * 2
         # Attention and MLP each sum [slots, D] over tensor: forward, backward, and again where the sum is needed to recompute the
@@ -119,16 +119,14 @@ class Plan:
     def memory(self) -> dict[str, float]:
         """Bytes on a device."""
         c, m = self.config, self.config.model
-        largest = max(b.rows * SlotShape.of(b, m.num_xp_tokens, c.data.mode).length for b in c.data.buckets)
-        largest //= self.accumulate * self.data * self.fsdp
-        answers = max(b.rows * b.answer for b in c.data.buckets) // (self.accumulate * self.data * self.fsdp)
+        answers = sum(b.rows * b.answer for b in c.data.buckets) // (self.accumulate * self.data * self.fsdp)
         widths = (2 * (m.num_heads + m.num_kv_heads) * m.head_dim + 3 * m.ffn_dim) / self.tensor + 4 * m.dim
         return {
             "state": self.parameters * (4 + 4 + 4) / (self.fsdp * self.tensor),
-            # Those of one bucket are added to the sum over buckets, that to the sum over microbatches.
-            "gradients": self.parameters * 4 * (min(2, len(c.data.buckets)) + (self.accumulate > 1)) / (self.fsdp * self.tensor),
+            # Those of one microbatch are added to the sum over them.
+            "gradients": self.parameters * 4 * (1 + (self.accumulate > 1)) / (self.fsdp * self.tensor),
             "block inputs": self.slots * m.dim * 2 * m.num_layers,
-            "one layer": largest * widths * 2 * 2,  # activations and their gradients
+            "one layer": self.slots * widths * 2 * 2,  # activations and their gradients
             "logits": 2 * 4 * min(c.train.loss_chunk, answers) * m.vocab_size / self.tensor,
             # Two layers; the head in use, its gradient, the embedding's.
             "weights whole": (2 * self.layer * 2 + self.table * (2 + 4 + 4)) / self.tensor,

@@ -33,9 +33,13 @@ for _name in ("absl", "orbax"):
 
 
 class Checkpoints:
-    """The checkpoints of one run; the newest `keep` stay, and the `keep_best` with the lowest held-out loss."""
+    """The checkpoints of one run; the newest `keep` stay, and the `keep_best` with the lowest held-out loss.
 
-    def __init__(self, folder: str | Path, *, keep: int = 3, keep_best: int = 0):
+    Args:
+      read_only: look at a run that may be going on: nothing is cleaned up.
+    """
+
+    def __init__(self, folder: str | Path, *, keep: int = 3, keep_best: int = 0, read_only: bool = False):
         self.folder = Path(folder).absolute()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +50,7 @@ class Checkpoints:
             get_metric_fn=lambda scores: scores["eval/loss"], reverse=True, n=keep_best, keep_checkpoints_without_metrics=False
         )
         policy = policies.AnyPreservationPolicy([policies.LatestN(keep), best]) if keep_best else policies.LatestN(keep)
-        self._checkpointer = ocp.training.Checkpointer(str(self.folder), preservation_policy=policy, cleanup_tmp_directories=True)
+        self._checkpointer = ocp.training.Checkpointer(str(self.folder), preservation_policy=policy, cleanup_tmp_directories=not read_only)
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
@@ -69,6 +73,24 @@ class Checkpoints:
     def restore(self, step: int, like: State) -> State:
         """Loads a step into the shapes, types and shardings of `like` (a pytree of ShapeDtypeStruct)."""
         return self._checkpointer.load(step, jax.tree.map(_placed, like))
+
+    def steps(self) -> list[int]:
+        """All complete steps, the oldest first."""
+        return sorted(int(c.step) for c in self._checkpointer.checkpoints)
+
+    def restore_part(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
+        """Some fields of the saved state, by name; the others are not read.
+
+        Raises:
+          UserError: the checkpoint is damaged, or of another shape.
+        """
+        partial = ocp.Context()
+        partial.pytree.loading.partial_load = True
+        try:
+            with partial:
+                return self._checkpointer.load(step, jax.tree.map(_placed, dict(like)))
+        except Exception as e:  # Orbax and TensorStore raise whatever the damage looks like to them
+            raise UserError(f"{self.folder}: checkpoint {step} cannot be read ({type(e).__name__}); give another --step") from None
 
     def restore_newest(self, like: State) -> tuple[int, State] | None:
         """(step, state) of the newest checkpoint that can be read on every process; None where there is none at all.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import inspect
 import io
 import logging
 import os
@@ -25,10 +26,11 @@ import tyro
 from xprompt_jax.commands.data import Annotate, Index, Tokenize
 from xprompt_jax.commands.demo import Demo
 from xprompt_jax.commands.evaluate import Evaluate
+from xprompt_jax.commands.inspect import Inspect
 from xprompt_jax.commands.model import Compile, Convert
 from xprompt_jax.commands.sample import Describe, Sample
 from xprompt_jax.commands.serve import Serve
-from xprompt_jax.commands.train import Train, default_train
+from xprompt_jax.commands.train import Export, Train, default_train
 from xprompt_jax.errors import UserError
 
 COMMANDS: dict[str, Any] = {
@@ -36,7 +38,9 @@ COMMANDS: dict[str, Any] = {
     "tokenize": Tokenize,
     "annotate": Annotate,
     "index": Index,
+    "inspect": Inspect,
     "train": Train,
+    "export": Export,
     "convert": Convert,
     "compile": Compile,
     "sample": Sample,
@@ -61,7 +65,7 @@ def parse(arguments: Sequence[str]) -> Any:
         summary = lines[0] + "\n\n" + " ".join(lines[-2:])
         return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="xprompt", description=summary, args=list(arguments) or ["--help"])
     default = default_train(rest) if name == "train" else None
-    return tyro.cli(COMMANDS[name], prog=f"xprompt {name}", args=rest, default=default)
+    return tyro.cli(COMMANDS[name], prog=f"xprompt {name}", description=inspect.getdoc(COMMANDS[name]), args=rest, default=default)
 
 
 def _one_line(text: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
@@ -110,6 +111,12 @@ class ComputeConfig:
     (queries, keys, values, attention output, MLP products), or block inputs moved to host memory."""
     attention: Literal["xla", "cudnn", "splash"] = "xla"
     """Kernel for the square causal calls. A backend that cannot run here is an error, never a silent fallback."""
+    splash_block: int = 512
+    """Queries, and keys, that the splash kernel has in a TPU core's memory at once: a multiple of 128, to which rows are padded."""
+
+    def __post_init__(self):
+        if self.splash_block < 128 or self.splash_block % 128:
+            raise UserError(f"compute.splash_block is {self.splash_block}; it must be a multiple of 128")
 
 
 @dataclass(frozen=True)
@@ -142,9 +149,13 @@ class BucketConfig:
     """Rows of this bucket in every step, over all hosts."""
     kind: Literal["image", "describe", "text_to_image"] = "image"
     """What is asked for: an output image, the difference of the example pair in words, or an image of a caption."""
+    several_inputs: bool = False
+    """Take those pairs alone that have several input images (try-on, composition); kind image, without examples."""
 
     def __post_init__(self):
         section = f"bucket {self.name!r}"
+        if self.several_inputs and (self.examples or self.kind != "image"):
+            raise UserError(f"{section}: several_inputs is for rows of kind image without examples; set examples and context to 0")
         _check(self, section, examples=(0, _ANY), context=(0, _ANY), todo=(2, _ANY), answer=(1, _ANY), rows=(1, _ANY))
         if self.answer > self.todo:
             raise UserError(f"{section}: answer {self.answer} is longer than todo {self.todo}, which holds it")
@@ -186,10 +197,16 @@ class DataConfig:
     """Tasks that are not trained, so that they can be asked as novel ones (data/holdouts.py; paper, section 4.4)."""
     strict_holdouts: bool = False
     """Leave out their reverse direction as well, which the paper trains."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Dataset or task -> how many pairs it counts for when rows are drawn; 0 leaves it out, and what is not named counts for the pairs that
+    the store has of it (data/mixture.py). Shares are within a bucket: how many rows a bucket has is its own."""
     seed: int = 0
 
     def __post_init__(self):
         _check(self, "data", generic_instruction=(0, 1), drop_example=(0, 1), seed=(0, _ANY))
+        for name, weight in self.weights.items():
+            if not 0 <= weight < _ANY:
+                raise UserError(f"data.weights: {name!r} has {weight}; give a number of pairs, 0 to leave it out")
         names = [b.name for b in self.buckets]
         if not names or len(set(names)) < len(names):
             raise UserError(f"data.buckets {names}: give at least one, each with a name of its own")
@@ -204,6 +221,9 @@ class OptimConfig:
     """AdamW with warm-up (facts: chameleon.md section 5; the paper gives lr 1e-4, cosine, batch 1024, 20k steps)."""
 
     __pydantic_config__ = _STRICT
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonalised momentum for the matrices of the blocks, AdamW for the rest; the same learning rate fits both. Fewer steps
+    where a model is trained from nothing."""
     learning_rate: float = 1e-4
     schedule: Literal["cosine", "constant", "linear"] = "cosine"
     warmup_steps: int = 200

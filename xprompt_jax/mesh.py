@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from xprompt_jax.config import MeshConfig
 from xprompt_jax.errors import UserError
@@ -121,6 +121,12 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """This host's rows of a batch (a pytree of arrays [rows, ...]) -> global arrays, rows over data and fsdp."""
     sharding = NamedSharding(mesh, spec("batch"))
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), batch)
+
+
+def place(value: np.ndarray, logical: Sequence[str | None], mesh: Mesh | None) -> jax.Array:
+    """A tensor of the host where its logical axes belong, each device with its part alone; without a mesh, on the first device."""
+    sharding = SingleDeviceSharding(jax.devices()[0]) if mesh is None else sharding_for(mesh, logical, value.shape)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def whole_array(x: jax.Array) -> np.ndarray:

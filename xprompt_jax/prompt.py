@@ -145,15 +145,9 @@ class Prompter:
         return self._join(text, [self.vocab.eos])
 
     def _join(self, *parts: str | list[int] | np.ndarray) -> np.ndarray:
-        ids: list[int] = []
-        for part in parts:
-            if isinstance(part, str):
-                ids += self.tokenizer.encode(part)
-            elif isinstance(part, list):
-                ids += part
-            else:
-                ids += self.layout.encode(part).tolist()
-        return np.array(ids, np.int32)
+        encode = lambda part: self.tokenizer.encode(part) if isinstance(part, str) else part
+        ids = [self.layout.encode(part) if isinstance(part, np.ndarray) else np.array(encode(part), np.int32) for part in parts]
+        return np.concatenate(ids)
 
 
 def fill(sample: Sample, shape: SlotShape, *, bos: int, pad: int, mode: str = "xprompt", loss: str = "answer") -> Slots:

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xprompt_jax.config import Config
+from xprompt_jax.checkpoint import Checkpoints
+from xprompt_jax.config import Config, MeshConfig, load_json
 from xprompt_jax.convert.native import load_tokenizers
 from xprompt_jax.data.images import save_png
 from xprompt_jax.data.pipeline import Rows
-from xprompt_jax.data.tokenise import Pair, Store
+from xprompt_jax.data.store import Pair, Store
 from xprompt_jax.errors import UserError
 from xprompt_jax.mesh import make_mesh
 from xprompt_jax.model.chameleon import abstract_model
@@ -27,8 +28,8 @@ from xprompt_jax.sample.pretrained import load
 from xprompt_jax.sample.sampler import Example, XPrompt
 from xprompt_jax.tokens import Layout
 from xprompt_jax.train.loop import train
-from xprompt_jax.train.optim import merge
-from xprompt_jax.train.state import TrainState
+from xprompt_jax.train.optim import make_optimizer, merge
+from xprompt_jax.train.state import TrainState, abstract_state
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,38 @@ def run_training(config: Config, workdir: str | Path, *, progress: bool = True) 
     return model
 
 
+def export_checkpoint(workdir: str | Path, out: str | Path, *, step: int | None = None) -> int:
+    """Writes a checkpoint of a run, which may still be going on, as a model folder; adapters merged, the moving average where there is one.
+
+    Needs the run's token store (for the tokenizers) and the memory of the weights, whatever the mesh of the run was.
+
+    Args:
+      step: None is the newest.
+
+    Returns:
+      The step.
+
+    Raises:
+      UserError: no run, no such checkpoint, or one that cannot be read.
+    """
+    workdir = Path(workdir)
+    config = load_json(Config, workdir / "config.json")
+    if not (workdir / "checkpoints").is_dir():
+        raise UserError(f"{workdir}: no checkpoints yet; they come every train.save_every steps")
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    there = checkpoints.steps()
+    if not there or (step is not None and step not in there):
+        raise UserError(f"{workdir}: no checkpoint {'' if step is None else step}; there are {there}".replace("  ", " "))
+    chosen = there[-1] if step is None else step
+    mesh = make_mesh(MeshConfig())
+    abstract = abstract_state(config, make_optimizer(config.optim, config.train.steps), mesh)
+    parts = checkpoints.restore_part(chosen, {name: getattr(abstract, name) for name in ("params", "frozen", "ema")})
+    vqgan, tokenizer = load_tokenizers(Path(config.data.store) / "tokenizers")
+    decoder = unflatten(abstract_model(config.model), merge(parts["ema"] or parts["params"], parts["frozen"]))
+    XPrompt(decoder, vqgan, tokenizer).save_pretrained(out)
+    return chosen
+
+
 def _start(config: Config) -> dict[str, jax.Array]:
     """The weights of `train.init_from`, on the run's mesh."""
     start = load(
@@ -91,11 +124,13 @@ def _start(config: Config) -> dict[str, jax.Array]:
 
 def _sampler(config: Config, workdir: Path, store: Store, model_of: Callable[[TrainState], XPrompt]):
     """Draws the same few held-out pairs after every evaluation: rows of example, input, drawn, target as one picture."""
-    groups: dict[str, list[Pair]] = {}
-    for pair in store.pairs:
-        if pair.split == "eval" and pair.instruction and not pair.more_inputs:
-            groups.setdefault(pair.group, []).append(pair)
-    chosen = [group[:2] for group in groups.values() if len(group) > 1][: config.train.samples]
+    pairs, groups = store.pairs, dict[int, list[Pair]]()
+    held_out = np.isin(pairs.split.codes, [i for i, name in enumerate(pairs.split.names) if name == "eval"])
+    for number in np.flatnonzero(held_out & (pairs.num_tokens["instruction"] > 0) & ~pairs.has_more):
+        groups.setdefault(int(pairs.group.codes[number]), []).append(pairs[number])
+        if sum(len(group) > 1 for group in groups.values()) == config.train.samples:
+            break
+    chosen = [group[:2] for group in groups.values() if len(group) > 1]
     if not chosen:
         raise UserError(f"train.samples: no group of {config.data.store} has two held-out pairs, an example and a query; set it to 0")
     code = lambda number: store.codes[number].astype(np.int32)

@@ -161,7 +161,8 @@ class Tokenizer:
         return hashlib.sha256(self._backend.to_str().encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text, no special tokens added. Text is data: a special name inside it stays ordinary letters."""
+        """Ids of plain text, no special tokens added. Text is data: a special name inside it stays ordinary letters, half a character "?"."""
+        text = text.encode("utf-8", "replace").decode()  # a lone surrogate, of a JSON escape or a broken command line
         ids = self._backend.encode(text, add_special_tokens=False).ids
         allowed = self.vocab.text_mask
         if all(allowed[i] and i != self.vocab.eos for i in ids):
@@ -221,8 +222,18 @@ class Layout:
         if self.kind == "lumina" and (self.vocab.newline is None or self.vocab.side_start is None):
             raise UserError("layout lumina: the tokenizer has no row-end and size words (<reserved08799>, <reserved08801>...)")
 
+    @cached_property
+    def _templates(self) -> dict[tuple[int, int], np.ndarray]:
+        return {}
+
     def template(self, rows: int, columns: int) -> np.ndarray:
-        """int32 [tokens]: forced ids, and CODE where an image code stands."""
+        """int32 [tokens]: forced ids, and CODE where an image code stands. Read-only."""
+        if (rows, columns) not in self._templates:
+            self._templates[rows, columns] = self._template(rows, columns)
+            self._templates[rows, columns].flags.writeable = False
+        return self._templates[rows, columns]
+
+    def _template(self, rows: int, columns: int) -> np.ndarray:
         v = self.vocab
         if self.kind == "plain":
             return np.array([v.boi, *[CODE] * (rows * columns), v.eoi], np.int32)
@@ -246,7 +257,7 @@ class Layout:
         codes = np.asarray(codes)
         if codes.ndim != 2 or codes.min() < 0 or codes.max() >= self.vocab.num_codes:
             raise UserError(f"image codes of shape {codes.shape} must be [rows, columns] in 0..{self.vocab.num_codes - 1}")
-        ids = self.template(*codes.shape)
+        ids = self.template(*codes.shape).copy()
         ids[ids == CODE] = codes.reshape(-1).astype(np.int32) + self.vocab.image_start
         return ids
 

@@ -290,6 +290,6 @@ def test_training_splits_without_a_test_are_held_out_by_scene(tmp_path):
     assert [r.split for r in pairs] == [held_out(scene, 0.5) for scene in ("scene0000_00", "scene0001_01") for _ in range(3)]
     pairs = opened("dfwb", "photographs", tmp_path / "d", eval_fraction=0.5)
     splits = {}
-    for row, record in zip(pairs.rows, pairs, strict=True):
+    for row, record in zip(pairs.pairs.rows, pairs, strict=True):
         splits.setdefault(row["scene"], set()).add(record.split)
     assert all(len(s) == 1 for s in splits.values()) and set.union(*splits.values()) == {"train", "eval"}

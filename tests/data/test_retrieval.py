@@ -5,6 +5,8 @@ import json
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from tests.helpers import TINY_VQ, tiny_tokenizer
@@ -12,7 +14,7 @@ from tests.vision.made import clip_tensors, write_clip
 from xprompt_jax.cli import main
 from xprompt_jax.config import BucketConfig, DataConfig
 from xprompt_jax.data import sources
-from xprompt_jax.data.pipeline import Rows
+from xprompt_jax.data.pipeline import Episodes, Rows
 from xprompt_jax.data.retrieval import HashedNgramEncoder, RetrievalIndex, build_index, neighbours
 from xprompt_jax.data.sources import Record
 from xprompt_jax.data.tokenise import tokenize
@@ -21,10 +23,12 @@ from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.prompt import Prompter
 from xprompt_jax.tokens import Layout
 from xprompt_jax.vision.clip import CLIP
+from xprompt_jax.vision.dino import DINO
 
 
-@pytest.mark.parametrize("chunk", [7, 64, 1000])
-def test_neighbours_are_brute_force(chunk):
+@pytest.mark.parametrize("chunk, at_once", [(7, 4), (64, 9), (1000, 1000)])
+def test_neighbours_are_brute_force(chunk, at_once, monkeypatch):
+    monkeypatch.setattr("xprompt_jax.data.retrieval.QUERIES_AT_ONCE", at_once)
     rng = np.random.default_rng(0)
     unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
     queries, keys = unit(rng.normal(size=(9, 16))).astype(np.float32), unit(rng.normal(size=(50, 16))).astype(np.float32)
@@ -113,8 +117,31 @@ def test_index_file_round_trips_and_knows_its_source(tmp_path):
     with pytest.raises(UserError, match="has changed since"):
         RetrievalIndex.load(tmp_path / "sub" / "i")
     (tmp_path / "bad").write_bytes(b"x")
-    with pytest.raises(UserError, match="not a readable index"):
+    with pytest.raises(UserError, match="bad: no index of format .*, which is a folder"):
         RetrievalIndex.load(tmp_path / "bad")
+    with pytest.raises(UserError, match="no such file; make it with `xprompt index`"):
+        RetrievalIndex.load(tmp_path / "none")
+
+
+def test_neighbours_are_a_table_for_other_programs(tmp_path):
+    """Parquet {row, neighbour, cosine}, nearest first; what is damaged is told."""
+    manifest = rows(tmp_path, *((f"{i}a", f"{i}b", text, "train") for i, text in enumerate(["add a dog", "add a red dog", "", "night"])))
+    index = build_index(manifest, k=3)
+    index.save(tmp_path / "i")
+    path = tmp_path / "i/neighbours.parquet"
+    table = pyarrow.parquet.read_table(path)
+    assert [str(f.type) for f in table.schema] == ["int32", "int32", "float"] and table.column_names == ["row", "neighbour", "cosine"]
+    want = [(i, int(j), float(c)) for i in range(4) for j, c in zip(index.neighbours[i], index.cosines[i], strict=True) if j >= 0]
+    assert [tuple(row.values()) for row in table.to_pylist()] == want and len(want) == 2 + 2 + 3 + 2
+    again = RetrievalIndex.load(tmp_path / "i")
+    np.testing.assert_array_equal(again.neighbours, index.neighbours)
+    for wrong, told in (
+        (table.set_column(1, "neighbour", pa.array([9] * 9, pa.int32())), "damaged"), (table.take([8, *range(8)]), "damaged"),
+        (table.drop_columns("cosine"), "not a readable table"), (pa.concat_tables([table.slice(0, 2)] * 2 + [table.slice(2)]), "damaged"),
+    ):  # fmt: skip
+        pyarrow.parquet.write_table(wrong, path)
+        with pytest.raises(UserError, match=rf"neighbours\.parquet: .*{told}"):
+            RetrievalIndex.load(tmp_path / "i")
 
 
 def test_what_cannot_be_an_example_is_not_retrieved(tmp_path):
@@ -163,16 +190,20 @@ def test_training_draws_retrieved_examples(tmp_path):
     config = DataConfig(buckets=(bucket,), index=str(tmp_path / "store.index"), generic_instruction=0)
     shown = {}
     for split in ("train", "eval"):
-        episodes = Rows(store, prompter, config, 3, split=split)._episodes["in_context"]
-        for number, reverse in episodes.specs:
-            shown[number, reverse] = set(episodes._choose_partners(number, store.pairs[number], reverse, np.random.default_rng(1)))
+        near = RetrievalIndex.load(tmp_path / "store.index").neighbours_in(store)
+        episodes = Episodes(store, prompter, config, bucket, 3, split, near)
+        for i, (number, reverse) in enumerate(episodes.specs):
+            shown[number, reverse] = set(episodes.choose(i, np.random.default_rng(1)).partners)
     for reverse in (False, True):
         assert shown[0, reverse] == {1} and shown[1, reverse] == {0}
         assert shown[2, reverse] <= {0, 1}  # of another group, and held out itself
         assert shown[4, reverse] == {5}  # no neighbour: the group
     assert shown[3, False] <= {0, 1, 4, 5}  # its group has no other training pair
+    copy = tokenize(records, VQGAN(TINY_VQ, jax.random.key(1)), tiny_tokenizer(), tmp_path / "copy", progress=False)
+    Rows(copy, prompter, config, 3)  # of the same pairs
+    fewer = tokenize(records[:-1], VQGAN(TINY_VQ, jax.random.key(1)), tiny_tokenizer(), tmp_path / "fewer", progress=False)
     with pytest.raises(UserError, match="have other pairs"):
-        Rows(dataclasses.replace(store, pairs=store.pairs[:-1]), prompter, config, 3)
+        Rows(fewer, prompter, config, 3)
 
 
 def test_an_index_made_with_clip_is_asked_through_the_same_clip(capsys, tmp_path):
@@ -209,3 +240,28 @@ def test_an_index_made_with_clip_is_asked_through_the_same_clip(capsys, tmp_path
         with pytest.raises(SystemExit):
             main([*flags, *wrong])
         assert "--encoder clip and --clip DIR belong together" in capsys.readouterr().err
+
+
+def test_an_encoder_by_its_name_on_the_hub(capsys, tmp_path, monkeypatch):
+    """From the hub's cache, without a network; what is not there is told in one line."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    commit, place = "0123456789" * 4, tmp_path / "hub/models--openai--clip-tiny"
+    write_clip(place / "snapshots" / commit, "flax")
+    (place / "refs").mkdir()
+    (place / "refs/main").write_text(commit)
+    manifest = rows(tmp_path, ("a", "b", "remove the rain", "train"), ("c", "d", "make it night", "train"))
+    flags = ["index", "--data", str(manifest), "--out", str(tmp_path / "i"), "--encoder", "clip", "--clip"]
+    main([*flags, "openai/clip-tiny"])
+    assert RetrievalIndex.load(tmp_path / "i").encoder == CLIP.load(place / "snapshots" / commit).name
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main([*flags, "openai/clip-none"])
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "openai/clip-none: no such folder, not in the hub's cache, and the hub cannot be reached" in err
+    (place / "snapshots" / commit / "flax_model.msgpack").rename(tmp_path / "hub/pytorch_model.bin")
+    with pytest.raises(UserError, match="openai/clip-tiny: .*(cannot be reached|no weights of it as)"):
+        CLIP.load("openai/clip-tiny")
+    with pytest.raises(UserError, match="nowhere: no such folder or file"):
+        DINO.load(tmp_path / "nowhere")

@@ -1,7 +1,13 @@
 """Sources, the token store and the pipeline: from files to rows."""
 
 import dataclasses
+import gc
 import json
+import multiprocessing
+import os
+import pickle
+import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,14 +16,15 @@ import pytest
 
 from tests.helpers import TINY_VQ, tiny_tokenizer
 from xprompt_jax.config import BucketConfig, DataConfig
-from xprompt_jax.data.images import save_png
+from xprompt_jax.data.images import save_png, to_pixels
 from xprompt_jax.data.pipeline import GENERIC_INSTRUCTIONS, Episodes, Rows
 from xprompt_jax.data.sources import Record, manifest, paired_folders, world_pairs
-from xprompt_jax.data.tokenise import Store, tokenize
+from xprompt_jax.data.store import CATEGORIES, TEXTS, Store
+from xprompt_jax.data.tokenise import tokenize
 from xprompt_jax.errors import UserError
 from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.prompt import DESCRIBE_QUESTION, Prompter, SlotShape
-from xprompt_jax.tokens import Layout
+from xprompt_jax.tokens import Layout, train_tokenizer
 from xprompt_jax.train.metrics import padding_fraction
 
 PROMPTER = Prompter(tiny_tokenizer(), Layout("plain", tiny_tokenizer().vocab, 4))
@@ -55,8 +62,6 @@ def store(vqgan, tmp_path_factory):
 
 def test_every_image_is_stored_once_and_encoded_right(store, vqgan):
     assert len(store.codes) == 5 + 10 and len(store.pairs) == 10
-    from xprompt_jax.data.images import to_pixels
-
     for pair, record in zip(store.pairs, records(), strict=True):
         for number, picture in ((pair.input, record.input), (pair.output, record.output)):
             np.testing.assert_array_equal(store.codes[number], vqgan.encode(to_pixels(picture)[None])[0])
@@ -74,27 +79,102 @@ def test_preprocessing_is_as_asked(vqgan, tmp_path):
         assert json.loads((tmp_path / recipe / "store.json").read_text())["recipe"] == recipe
 
 
-def test_another_vqgan_is_refused(store, tmp_path):
-    folder = tmp_path / "s"
-    tokenize(records(), VQGAN(TINY_VQ, jax.random.key(2)), tiny_tokenizer(), folder, progress=False)
-    Store.open(folder, vqgan=VQGAN(TINY_VQ, jax.random.key(2)))
+def test_the_table_of_pairs_says_what_the_records_said(store, vqgan, tmp_path, monkeypatch):
+    """By pair and by column, over the ends of record batches and shards."""
+    monkeypatch.setattr("xprompt_jax.data.store.ROWS", 4)
+    monkeypatch.setattr("xprompt_jax.data.shards.IMAGES_PER_SHARD", 6)
+    given = list(records())
+    given[3] = dataclasses.replace(
+        given[3], more_inputs=(image(7), image(1)), dataset="try", holdout="no", task="edit", reverse_instruction=""
+    )
+    given[8] = dataclasses.replace(given[8], instruction="Straße – 雨 🌧", task="edit", description="")
+    small = tokenize(given, vqgan, tiny_tokenizer(), tmp_path / "small", batch=4, progress=False)
+    assert len(list((tmp_path / "small").glob("images-*-of-00003.array_record"))) == 3
+    assert len(small.pairs) == 10 and len(list(small.pairs)) == 10 and small.pairs[-1] == small.pairs[9]
+    for i, (pair, record) in enumerate(zip(small.pairs, given, strict=True)):
+        for name in CATEGORIES:
+            column = getattr(small.pairs, name)
+            assert getattr(pair, name) == getattr(record, name) == column.names[column.codes[i]]
+        for name in TEXTS:
+            assert getattr(pair, name) == getattr(record, name) == small.pairs.text(name, i)
+            assert small.pairs.num_tokens[name][i] == len(tiny_tokenizer().encode(getattr(record, name)))
+        assert (pair.input, pair.output) == (small.pairs.input[i], small.pairs.output[i])
+        pictures = record.input, record.output, *record.more_inputs
+        assert small.pairs.has_more[i] == bool(record.more_inputs) and len(pair.more_inputs) == len(record.more_inputs)
+        for number, picture in zip((pair.input, pair.output, *pair.more_inputs), pictures, strict=True):
+            np.testing.assert_array_equal(small.codes[number], vqgan.encode(to_pixels(picture)[None])[0])
+    assert small.pairs[3].more_inputs[1] == small.pairs[1].input  # stored once, whatever its role
+    other = train_tokenizer(["do", "undo it"], num_codes=32, vocab_size=420)
+    for name, counts in small.pairs.count_tokens(other).items():
+        assert counts.dtype == np.int32 and counts.tolist() == [len(other.encode(getattr(r, name))) for r in given]
+    said = [json.loads(line) for line in (tmp_path / "small" / "holdouts.jsonl").read_text().splitlines()]
+    assert [(row["pair"], row["judge"], row["instruction"]) for row in said] == [(3, "no", "do 0"), (8, "", "Straße – 雨 🌧")]
+    with pytest.raises(IndexError):
+        small.pairs[10]
+    with pytest.raises(IndexError):
+        small.codes[len(small.codes)]
+
+
+def test_stores_travel_to_other_processes(store):
+    store.codes[0]  # opens a file, which must not travel
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        np.testing.assert_array_equal(pool.apply(store.codes.crops, (7,)), store.codes.crops(7))
+        assert pool.apply(store.pairs.__getitem__, (3,)) == store.pairs[3]
+    again = pickle.loads(pickle.dumps(store))
+    assert again.encoding == store.encoding and list(again.pairs) == list(store.pairs)
+    np.testing.assert_array_equal(np.stack(list(again.codes)), np.stack(list(store.codes)))
+
+
+def test_a_store_that_is_gone_holds_no_file(store, tmp_path):
+    folder = shutil.copytree(store.folder, tmp_path / "s")
+
+    def held():
+        gc.collect()
+        maps = Path("/proc/self/maps").read_text()
+        return str(folder) in maps or any(str(folder) in os.readlink(f) for f in Path("/proc/self/fd").iterdir() if f.is_symlink())
+
+    copy = Store.open(folder)
+    assert copy.codes[3].shape == (4, 4) and copy.pairs.input[3] >= 0 and held()
+    del copy
+    assert not held()
+
+
+def test_other_stores_are_refused(store, tmp_path):
+    Store.open(store.folder, vqgan=VQGAN(TINY_VQ, jax.random.key(1)))
     with pytest.raises(UserError, match="another image tokenizer"):
-        Store.open(folder, vqgan=VQGAN(TINY_VQ, jax.random.key(1)))
-    (folder / "pairs.jsonl").write_text("")
-    with pytest.raises(UserError, match="damaged"):
-        Store.open(folder)
-    with pytest.raises(UserError, match="xprompt tokenize"):
+        Store.open(store.folder, vqgan=VQGAN(TINY_VQ, jax.random.key(2)))
+    with pytest.raises(UserError, match="none: not a complete token store"):
         Store.open(tmp_path / "none")
+    (tmp_path / "store.json").write_text(json.dumps({"format": "xprompt-tokens-1", "pairs": 1, "images": 1}))
+    with pytest.raises(UserError, match="not a token store of format xprompt-tokens-2, but xprompt-tokens-1; make it again"):
+        Store.open(tmp_path)
 
 
-def test_a_bad_image_leaves_nothing_behind(vqgan, tmp_path):
-    bad = tmp_path / "bad.png"
-    bad.write_text("no picture")
-    with pytest.raises(UserError, match=r"bad\.png: not an image"):
-        tokenize([Record(bad, bad, "x")], vqgan, tiny_tokenizer(), tmp_path / "s", progress=False)
+@pytest.mark.parametrize("name", ["images-00000-of-00001.array_record", "pairs.arrow", "addresses.npy"])
+def test_damaged_stores_are_refused_in_one_line(store, tmp_path, name):
+    folder = shutil.copytree(store.folder, tmp_path / "s")
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[:-40])
+    with pytest.raises(UserError, match=rf"{name}: {len(whole) - 40} bytes, not {len(whole)}: cut short or changed; copy the store again"):
+        Store.open(folder)
+    (folder / name).write_bytes(bytes(len(whole)))  # as a disk that was full leaves them
+    if name != "addresses.npy":
+        with pytest.raises(UserError, match=rf"{name}: damaged [^\n]*; (copy|make) [^\n]* with `xprompt tokenize`$"):
+            Store.open(folder).codes[3]
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=rf"{name}: No such file or directory; copy the store again"):
+        Store.open(folder)
+
+
+def test_places_that_are_no_stores_are_not_replaced(vqgan, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "me.txt").write_text("dear")
+    with pytest.raises(UserError, match="photos: there already, and not a token store"):
+        tokenize(records(), vqgan, tiny_tokenizer(), tmp_path / "photos", progress=False)
+    assert (tmp_path / "photos" / "me.txt").read_text() == "dear"
     with pytest.raises(UserError, match="nothing to tokenize"):
         tokenize([], vqgan, tiny_tokenizer(), tmp_path / "s", progress=False)
-    assert [p.name for p in tmp_path.iterdir()] == ["bad.png"]
+    assert [p.name for p in tmp_path.iterdir()] == ["photos"]
 
 
 def rows_of(batch):
@@ -145,7 +225,7 @@ def test_episodes_say_what_they_should(store):
     generic = 0
     for i, (number, reverse) in enumerate(episodes.specs):
         pair = store.pairs[number]
-        sample = episodes.sample(i, np.random.default_rng(i))
+        sample = episodes.sample(episodes.choose(i, np.random.default_rng(i)))
         before, after = (pair.output, pair.input) if reverse else (pair.input, pair.output)
         text = PROMPTER.tokenizer.decode(sample.prompt)
         generic += text in GENERIC_INSTRUCTIONS
@@ -170,7 +250,7 @@ def test_a_pair_is_never_its_own_example(store):
     episodes = Episodes(store, PROMPTER, config, BUCKETS[0], 3, "train")
     for i, (number, reverse) in enumerate(episodes.specs):
         for seed in range(10):
-            sample = episodes.sample(i, np.random.default_rng(seed))
+            sample = episodes.sample(episodes.choose(i, np.random.default_rng(seed)))
             output = store.pairs[number].input if reverse else store.pairs[number].output
             shown = PROMPTER.layout.decode(sample.examples[0][-18:], 4, 4)
             before = PROMPTER.layout.decode(sample.examples[0][-37:-19], 4, 4)
@@ -182,7 +262,7 @@ def test_descriptions_stand_after_the_pair(store):
     episodes = Episodes(store, PROMPTER, CONFIG, BUCKETS[1], 3, "eval")
     for i, (number, reverse) in enumerate(episodes.specs):
         pair = store.pairs[number]
-        sample = episodes.sample(i, np.random.default_rng(0))
+        sample = episodes.sample(episodes.choose(i, np.random.default_rng(0)))
         assert PROMPTER.tokenizer.decode(sample.prompt) == DESCRIBE_QUESTION
         assert PROMPTER.tokenizer.decode(sample.answer) == (pair.reverse_description if reverse else pair.description)
         assert PROMPTER.tokenizer.decode(sample.examples[0]) == ""

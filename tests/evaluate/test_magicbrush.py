@@ -4,22 +4,23 @@ import dataclasses
 import itertools
 import json
 
-import jax
 import numpy as np
 import PIL.Image
 import pytest
 
-from tests.helpers import FP32, TINY, tiny_tokenizer
-from tests.vision.made import clip_tensors, write_clip, write_dino
-from xprompt_jax import UserError, XPrompt
+from tests.helpers import TINY
+from tests.vision.made import clip_tensors, write_clip
+from xprompt_jax import Example, UserError
 from xprompt_jax.cli import main
 from xprompt_jax.data.images import open_image, save_png
 from xprompt_jax.evaluate import features
+from xprompt_jax.evaluate.edits import Edit
 from xprompt_jax.evaluate.features import Looks
-from xprompt_jax.evaluate.magicbrush import MAGICBRUSH, Edit, read_turns
-from xprompt_jax.evaluate.suites import find_records, get_suite, reduce_sums
-from xprompt_jax.model.chameleon import Chameleon
-from xprompt_jax.model.vqgan import VQGAN
+from xprompt_jax.evaluate.magicbrush import MAGICBRUSH, MAGICBRUSH_MULTI, Session, read_turns
+from xprompt_jax.evaluate.measures import reduce_sums
+from xprompt_jax.evaluate.pairs import pairs_in
+from xprompt_jax.evaluate.suites import find_records, get_suite
+from xprompt_jax.evaluate.turns import at_turn
 from xprompt_jax.vision.clip import CLIP
 from xprompt_jax.vision.dino import DINO
 
@@ -53,18 +54,9 @@ def archive(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    root = tmp_path_factory.mktemp("weights")
-    return write_clip(root / "clip"), write_dino(root / "dino")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A tiny random model's folder."""
-    path = tmp_path_factory.mktemp("m") / "tiny"
-    XPrompt(Chameleon(TINY, jax.random.key(0)), VQGAN(TINY.vq, jax.random.key(1)), tiny_tokenizer(), compute=FP32).save_pretrained(path)
-    return str(path)
+@pytest.fixture
+def model(tiny_model):
+    return str(tiny_model)
 
 
 def test_turns_start_from_the_true_picture_before_and_have_both_captions(archive):
@@ -155,6 +147,56 @@ def test_index_gives_every_turn_the_pairs_with_the_nearest_instructions(capsys, 
         assert told in capsys.readouterr().err
 
 
+def test_sessions_edit_what_the_model_drew(capsys, archive, weights, loud_model, loud_folder, tmp_path):
+    """With and without retrieval: every turn starts from the model's own picture, under its own words and example."""
+    texts = ["add red ball 1", "add red ball 2", "make it night"]
+    rows = [{"input": f"{i}a.png", "output": f"{i}b.png", "instruction": text, "split": "train"} for i, text in enumerate(texts)]
+    for i, side in itertools.product(range(3), "ab"):
+        save_png(picture(i, ord(side), shape=(SIZE, SIZE)), tmp_path / f"{i}{side}.png")
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(["index", "--data", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "i")])
+    flags = ["--clip", str(weights[0]), "--dino", str(weights[1])]
+    command = ["eval", "magicbrush_multi", "--model", str(loud_folder), "--data", str(archive), "--examples", "1", *flags]
+    command += ["--temperature", "0.2"]
+    draw = lambda example, image, words: np.asarray(loud_model.generate([example], [image], words, temperature=0.2)[0])
+    pairs = [Example(str(tmp_path / f"{i}a.png"), str(tmp_path / f"{i}b.png"), text) for i, text in enumerate(texts)]
+    turns = read_turns(archive / "test")
+    for name, way in (("raie", ["--index", str(tmp_path / "i")]), ("plain", ["--examples-from", str(tmp_path / "m.jsonl")])):
+        main([*command, "--out", str(tmp_path / name), *way])
+        result = json.loads((tmp_path / name / "result.json").read_text())
+        assert [q["target"].rsplit("/", 1)[-1] for q in result["queries"]] == ["139-output2.png", "30-output1.png"]
+        assert result["queries"][0]["input"].endswith("139-input.png") and result["data"]["queries"] == 2
+        pair = int(result["queries"][0]["example"][-6])
+        for query, session in zip(result["queries"], (turns[:2], turns[2:]), strict=True):
+            image = first = np.asarray(open_image(query["input"]).resize((SIZE, SIZE), PIL.Image.Resampling.LANCZOS))
+            for number, turn in enumerate(session):
+                shown = number if name == "raie" else pair  # the instruction that is nearest is the turn's own
+                before, image = image, draw(pairs[shown], image, turn.instruction)
+            drawn = open_image(tmp_path / name / "images" / f"{query['number']:05d}" / "drawn-0.png")
+            np.testing.assert_array_equal(image, np.asarray(drawn))
+            if len(session) == 2:  # input and example must matter to this model, or nothing was shown
+                assert not np.array_equal(image, draw(pairs[shown], first, turn.instruction))
+                assert name == "plain" or not np.array_equal(image, draw(pairs[0], before, turn.instruction))
+        # The last picture is held against the last target, by its local caption.
+        look = features.Encoders(*weights)
+        ((clip, _),) = look.look([np.asarray(open_image(tmp_path / name / "images" / "00000" / "drawn-0.png"))])
+        (caption,) = look.clip(["the red ball 2"])
+        assert result["queries"][0]["scores"]["clip_text_local"]["drawn"] == pytest.approx(clip @ caption, abs=2e-5)
+        more = way if name == "raie" else []
+        main(["eval", "recompute", str(tmp_path / name), *flags, *more])
+        assert "numbers of result.json follow from its files" in capsys.readouterr().out
+    main(["eval", "compare", str(tmp_path / "plain"), str(tmp_path / "raie"), "--out", str(tmp_path / "c")])
+    assert "clip_direction drawn" in capsys.readouterr().out
+
+
+def test_sessions_keep_the_order_of_their_turns(archive):
+    first, second = find_records(MAGICBRUSH_MULTI, archive)
+    assert isinstance(first, Session) and [t.instruction for t in first.turns] == ["add red ball 1", "add red ball 2"]
+    assert first.captions_before == {"global": "a photo 139"} and first.captions_after["local"] == "the red ball 2"
+    assert len(second.turns) == 1 and pairs_in(first) == first.turns and at_turn(second, 3) is second.turns[0]
+    assert all("0.2855" in m.protocol for m in MAGICBRUSH_MULTI.metrics if m.name == "clip_text_oracle")
+
+
 def looks(pixels=0, clip=(1, 0), dino=(0, 1), **words):
     unit = lambda v: np.asarray(v, np.float32) / max(np.linalg.norm(v), 1e-9)
     return Looks(np.full((2, 2, 3), pixels, np.uint8), unit(clip), unit(dino), {k: unit(v) for k, v in words.items()})
@@ -171,6 +213,9 @@ def test_scores_worked_by_hand():
     assert score("clip_direction") == pytest.approx((-half + half - 1) / np.hypot(half, half - 1) / 2**0.5)
     assert score("l1_unit") == pytest.approx(0.2) and score("l2_unit") == pytest.approx(0.04)
     assert np.isnan(features.clip_direction(source, target, source)), "nothing changed"
+    # Image: (.7, .7) - (0, 1); target: (1, 0) - (0, 1).
+    assert score("clip_direction_image") == pytest.approx((half + 1 - half) / np.hypot(half, half - 1) / 2**0.5)
+    assert score("clip_image_input") == pytest.approx(half)
     assert np.isnan(features.clip_direction(drawn, target, looks())) and np.isnan(features.clip_text_local(drawn, source, source))
 
 

@@ -47,6 +47,24 @@ def test_y_protocols_equal_scikit_image_on_rounded_luma(images):
     assert metrics.ssim_y(*images) == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_photograph_gives_the_worked_values():
+    """One pair, five protocols: what the papers call PSNR and SSIM differs by as much."""
+    data = pytest.importorskip("skimage.data")
+    image = data.astronaut()[:256, :384]
+    noise = np.random.default_rng(0).normal(0, 15, image.shape)
+    noisy = np.clip(image + noise, 0, 255).astype(np.uint8)
+    worked = {"psnr_rgb": 24.87, "psnr_y": 29.69}
+    assert {name: round(getattr(metrics, name)(noisy, image), 2) for name in worked} == worked
+    worked = {"ssim_skimage_default": 0.486, "ssim_rgb_gaussian": 0.464, "ssim_y": 0.659, "ssim_matlab_3d": 0.616}
+    assert {name: round(getattr(metrics, name)(noisy, image), 3) for name in worked} == worked
+
+
+def test_palette_adherence_by_hand():
+    colours = np.array([[0, 0, 0], [0, 0, 255]], np.uint8)
+    picture = np.array([[[0, 0, 0], [0, 3, 251], [0, 0, 10], [0, 0, 10]]], np.uint8)
+    assert metrics.palette_distance(picture, colours) == pytest.approx((0 + 5 + 10 + 10) / 4)
+
+
 def test_luma_ends():
     ends = np.array([[[0, 0, 0], [255, 255, 255], [255, 0, 0]]], np.uint8)
     np.testing.assert_array_equal(metrics.luma_matlab_uint8(ends), [[16, 235, 81]])

@@ -7,6 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from tools.screenshot_serve import CHROMIUM, Browser
 from xprompt_jax.errors import UserError
 from xprompt_jax.evaluate.report import Curve, ReportRow, Table, contact_sheet, write_report
 
@@ -76,3 +77,26 @@ def test_nothing_is_left_where_nothing_can_be_written(tmp_path):
     with pytest.raises(UserError, match="cannot write"):
         write(tmp_path / "file" / "index.html")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_a_click_on_a_header_sorts_in_a_browser(tmp_path):
+    body = (("a", "10.5", ""), ("b", "9.25", "x"), ("c", "", "y"), ("d", "-2", "z"))
+    page = write(
+        tmp_path / "index.html", rows=[], tables=[Table("t", ("what", "mean", "word"), body), Table("u", ("n",), (("2",), ("1",)))]
+    )
+    with Browser(700, 500) as browser:
+        browser.open(page.as_uri())
+        column = lambda i=0, table=0: browser.evaluate(
+            f"[...document.querySelectorAll('table')[{table}].tBodies[0].rows].map(r => r.cells[{i}].textContent).join()"
+        )
+        click = lambda i: browser.evaluate(f"document.querySelectorAll('table')[0].querySelectorAll('th button')[{i}].click()")
+        assert column() == "a,b,c,d"
+        click(1)
+        assert column() == "d,b,a,c"  # as numbers; what is empty stays last
+        click(1)
+        assert column() == "a,b,d,c"
+        click(0)
+        assert column() == "a,b,c,d" and column(0, 1) == "2,1"
+        sorts = browser.evaluate("[...document.querySelectorAll('table')[0].querySelectorAll('th')].map(h => h.ariaSort).join()")
+        assert sorts == "ascending,none,none"

@@ -1,4 +1,4 @@
-"""Runs as files: killed and started again, computed again, compared."""
+"""Runs as files: killed and started again, drawn in parts and on several devices, computed again, compared."""
 
 import csv
 import json
@@ -15,13 +15,22 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from xprompt_jax import UserError
 from xprompt_jax.cli import main
 from xprompt_jax.data.images import save_png
 from xprompt_jax.evaluate.pairs import AT_ONCE, paired_bootstrap
+from xprompt_jax.evaluate.results import WHOLE, Shard
 
 
 def arguments(model, data, out, *more, suite="pairs"):
-    return [str(a) for a in ("eval", suite, "--model", model, "--data", data, "--out", out, "--examples", "2", *more)]
+    examples = ("--examples", 2) if suite == "pairs" else ()
+    return [str(a) for a in ("eval", suite, "--model", model, "--data", data, "--out", out, *examples, *more)]
+
+
+def environment():
+    """Of a process that runs the command."""
+    cache, root = jax.config.jax_compilation_cache_dir, Path(__file__).parents[2]
+    return {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache, "PYTHONPATH": str(root)}
 
 
 def fails(capsys, *words):
@@ -38,22 +47,16 @@ def images(out):
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_folders, pair_folder, tmp_path_factory):
+def runs(tiny_folders, pair_folder, pairs_run):
     """The same queries by two models."""
-    root = tmp_path_factory.mktemp("runs")
-    for name, model in zip("ab", tiny_folders, strict=True):
-        main(arguments(model, pair_folder, root / name))
-    return root
+    main(arguments(tiny_folders[1], pair_folder, pairs_run.parent / "b"))
+    return pairs_run.parent
 
 
 def test_killed_run_goes_on_from_its_images(tiny_folders, pair_folder, runs, tmp_path):
     out = tmp_path / "o"
-    environment = {
-        **os.environ, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }  # fmt: skip
     process = subprocess.Popen(
-        [sys.executable, "-m", "xprompt_jax", *arguments(tiny_folders[0], pair_folder, out)], env=environment,
+        [sys.executable, "-m", "xprompt_jax", *arguments(tiny_folders[0], pair_folder, out)], env=environment(),
         stdout=subprocess.DEVNULL, stderr=(tmp_path / "stderr").open("w"),
     )  # fmt: skip
     end = time.monotonic() + 300
@@ -105,8 +108,8 @@ def test_changed_data_are_refused(capsys, tiny_folders, pair_folder, runs, tmp_p
 def test_recompute_confirms_and_finds_what_was_changed(capsys, runs, tmp_path):
     main(["eval", "recompute", str(runs / "a")])
     result = json.loads((runs / "a" / "result.json").read_text())
-    # 4 metrics: 5 arms of mean, spread and 2 examples, 2 intervals of 3; 24 episodes of 5 arms.
-    assert f"all {4 * (5 * 4 + 2 * 3) + 24 * 4 * 5} numbers" in capsys.readouterr().out
+    # 5 metrics: 5 arms of mean, spread and 2 examples, 2 intervals of 3; 24 episodes of 5 arms.
+    assert f"all {5 * (5 * 4 + 2 * 3) + 24 * 5 * 5} numbers" in capsys.readouterr().out
 
     out = tmp_path / "o"
     shutil.copytree(runs / "a", out)
@@ -133,7 +136,7 @@ def test_compare_puts_two_models_beside_each_other(capsys, runs, tmp_path):
     first, second = (json.loads((runs / name / "result.json").read_text()) for name in "ab")
     with (tmp_path / "c" / "compare.csv").open() as f:
         rows = {(r["metric"], r["arm"]): r for r in csv.DictReader(f)}
-    assert len(rows) == 4 * 5
+    assert len(rows) == 5 * 5
     row = rows["psnr_rgb", "drawn"]
     per_query = []
     for query in {q["input"] for q in first["queries"]}:
@@ -178,3 +181,83 @@ def test_what_cannot_be_compared_is_one_line(capsys, runs, tmp_path):
     assert "have no query in common" in altered(lambda r: [q.update(sha256="0") for q in r["queries"]])
     assert "result.json: not of this version" in altered(lambda r: r.update(format="xprompt-eval-1"))
     assert "give two folders" in fails(capsys, "eval", "compare", runs / "a") and not (tmp_path / "c").exists()
+
+
+def files(out):
+    names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+    return {name: (out / name).read_bytes() for name in names if name not in ("run.json", "index.html")}
+
+
+def test_two_processes_draw_one_run(tiny_folders, pair_folder, pairs_run, tmp_path):
+    out = tmp_path / "o"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "xprompt_jax", *arguments(tiny_folders[0], pair_folder, out, "--shard", f"{i}/2")],
+            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    told = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    # Whichever ended last found all images and scored them; at least one says so, and perhaps the other that it waits.
+    assert any("open " in said for said, _ in told) and all("open " in said or "part " in said for said, _ in told)
+    assert all("it/s" in errors or "image/s" in errors or "s/image" in errors for _, errors in told), "no progress was told"
+    assert files(out) == files(pairs_run)
+    assert json.loads((out / "run.json").read_text()) == json.loads((pairs_run / "run.json").read_text())
+
+
+def test_one_part_waits_for_the_others(capsys, tiny_folders, pair_folder, pairs_run, tmp_path):
+    one = arguments(tiny_folders[0], pair_folder, tmp_path / "o")
+    main([*one, "--shard", "1/3"])
+    assert "part 1 of 3 is drawn; the scores come with the last part" in capsys.readouterr().out
+    drawn = {int(p.name) for p in (tmp_path / "o" / "images").iterdir()}
+    assert drawn == {1, 4, 7, 10} and not (tmp_path / "o" / "result.json").exists()
+    main(one)  # the rest, and the scores
+    assert files(tmp_path / "o") == files(pairs_run)
+    with pytest.raises(SystemExit):
+        main([*one, "--shard", "0/3", "--overwrite"])
+    assert "--overwrite with --shard would remove" in capsys.readouterr().err
+
+
+def test_geneval_and_reconstruction_in_parts(capsys, tiny_folders, pair_folder, tmp_path):
+    rows = [{"tag": "single_object", "include": [{"class": "rain", "count": 1}], "prompt": p} for p in ("add rain", "the rain", "rain")]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    draw = arguments(tiny_folders[0], tmp_path / "m.jsonl", tmp_path / "g", "--num-images", "1", suite="geneval")
+    main([*draw, "--shard", "1/2"])
+    assert "part 1 of 2 is drawn" in capsys.readouterr().out
+    assert [p.parts[-3] for p in (tmp_path / "g").glob("*/samples/*.png")] == ["00001"]
+    main([*draw, "--shard", "0/2"])
+    assert "all 3 prompts have their 1 images" in capsys.readouterr().out
+
+    take = arguments(tiny_folders[0], pair_folder / "target", tmp_path / "r", "--sides", "16", suite="reconstruction")
+    main([*take, "--shard", "0/2"])
+    assert "part 0 of 2 is drawn" in capsys.readouterr().out and len(list((tmp_path / "r").glob("images/*/16.png"))) == 7
+    main([*take, "--shard", "1/2"])
+    assert len(json.loads((tmp_path / "r" / "result.json").read_text())["queries"]) == 14
+
+
+def test_batches_split_over_devices_draw_the_same(capsys, tiny_folders, pair_folder, pairs_run, tmp_path):
+    main(arguments(tiny_folders[0], pair_folder, tmp_path / "o", "--devices", "4"))
+    assert files(tmp_path / "o") == files(pairs_run)
+    with pytest.raises(SystemExit):
+        main(arguments(tiny_folders[0], pair_folder, tmp_path / "p", "--devices", "9"))
+    assert "--devices 9: this process has 8" in capsys.readouterr().err
+
+
+def test_int8_is_another_run(capsys, tiny_folders, pair_folder, pairs_run, tmp_path):
+    int8 = ["--weights", "int8", "--cache", "int8", "--queries", "1"]
+    main(arguments(tiny_folders[0], pair_folder, tmp_path / "o", *int8))
+    run = json.loads((tmp_path / "o" / "run.json").read_text())
+    assert run["precision"]["weights"] == run["precision"]["cache"] == "int8"
+    assert run["model"] == json.loads((pairs_run / "run.json").read_text())["model"]  # one model, in other precision
+    with pytest.raises(SystemExit):
+        main(arguments(tiny_folders[0], pair_folder, tmp_path / "o", *int8[4:]))
+    assert "drawn with precision" in capsys.readouterr().err
+
+
+def test_parts_are_parsed():
+    assert Shard.parse("") is WHOLE and Shard.parse("3/4") == Shard(3, 4)
+    assert [n for n in range(9) if Shard(1, 3).has(n)] == [1, 4, 7]
+    for text in ("4/4", "1", "a/b", "-1/2", "0/0"):
+        with pytest.raises(UserError, match="write part/parts"):
+            Shard.parse(text)

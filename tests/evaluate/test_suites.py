@@ -9,37 +9,31 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from tests.helpers import FP32, TINY, tiny_tokenizer
+from tests.helpers import TINY
 from xprompt_jax import Example, UserError, XPrompt
 from xprompt_jax.cli import main
 from xprompt_jax.data import palettes
 from xprompt_jax.data.images import open_image, resize_center_crop, save_png
 from xprompt_jax.data.sources import Record
 from xprompt_jax.evaluate import metrics, runs
+from xprompt_jax.evaluate.measures import Metric, reduce_sums
 from xprompt_jax.evaluate.pairs import ARMS, make_episodes, paired_bootstrap, run_pairs
 from xprompt_jax.evaluate.scores import summarise
-from xprompt_jax.evaluate.suites import SUITES, Depth, Labels, Metric, get_suite, reduce_sums
-from xprompt_jax.model.chameleon import Chameleon
-from xprompt_jax.model.params import flatten, unflatten
-from xprompt_jax.model.vqgan import VQGAN
+from xprompt_jax.evaluate.suites import SUITES, get_suite
+from xprompt_jax.evaluate.truths import Depth, Labels
+from xprompt_jax.sample.speculative import decode_image
 
 SIZE = TINY.vq.image_size
 
 
-@pytest.fixture(scope="module")
-def model():
-    """Random, with attention so strong that what it draws depends on the example."""
-    decoder = Chameleon(TINY, jax.random.key(0))
-    loud = ("blocks.attention.wv", "blocks.attention.wo")
-    decoder = unflatten(decoder, {name: value * 8 if name in loud else value for name, value in flatten(decoder).items()})
-    return XPrompt(decoder, VQGAN(TINY.vq, jax.random.key(1)), tiny_tokenizer(), compute=FP32)
+@pytest.fixture
+def model(loud_model):
+    return loud_model
 
 
-@pytest.fixture(scope="module")
-def folder(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("m") / "tiny"
-    model.save_pretrained(path)
-    return path
+@pytest.fixture
+def folder(loud_folder):
+    return loud_folder
 
 
 def picture(*seed, shape=(SIZE, SIZE)):
@@ -59,7 +53,9 @@ def data(tmp_path_factory):
     lines = []
     for i in range(8):
         for side in (0, 1):
-            save_png(picture(i, side, shape=(20, 26)), root / f"{i}-{side}.png")
+            image = picture(i, side, shape=(20, 26)).copy()
+            image[:, :13] = picture(i, 0, shape=(20, 26))[:, :13]  # half of it is not changed
+            save_png(image, root / f"{i}-{side}.png")
         task, split = ("rain", "train" if i < 2 else "eval") if i < 4 else ("depth", "eval")
         words = {"instruction": "remove the rain" if task == "rain" else "paint the depth in grey", "task": task, "split": split}
         lines.append({"input": f"{i}-0.png", "output": f"{i}-1.png", **words})
@@ -79,7 +75,9 @@ def test_pairs_through_the_command(capsys, model, folder, data, tmp_path):
     main(["eval", "pairs", "--model", str(folder), "--data", str(data / "pairs.jsonl"), "--out", str(tmp_path / "o"), *flags])
     printed = capsys.readouterr().out
     result = strict_json(tmp_path / "o" / "result.json")
-    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["images", "index.html", "result.json", "run.json", "scores.csv"]
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == [
+        "grid.png", "images", "index.html", "result.json", "run.json", "scores.csv"
+    ]  # fmt: skip
     assert result["model"]["fingerprint"] == XPrompt.from_pretrained(folder).fingerprint and result["seed"] == 3
     assert result["versions"]["jax"] == jax.__version__ and result["sampling"]["top_k"] == 8
     assert result["data"] | {"path": "", "fingerprint": ""} == {
@@ -104,8 +102,9 @@ def test_pairs_through_the_command(capsys, model, folder, data, tmp_path):
             score = getattr(metrics, metric)
             assert query["scores"][metric]["copied"] == pytest.approx(score(before, after))
             assert query["scores"][metric]["ceiling"] == pytest.approx(score(np.asarray(ceiling), after))
-        changed = metrics.changed_region_psnr(before, before, after)
-        assert query["scores"]["changed_region_psnr"]["copied"] == pytest.approx(changed)
+        for region in ("changed_region_psnr", "unchanged_region_psnr"):
+            wanted = getattr(metrics, region)(before, before, after)
+            assert query["scores"][region]["copied"] == pytest.approx(wanted)
 
     # One query drawn again, alone.
     query = result["queries"][5]
@@ -134,11 +133,11 @@ def test_pairs_through_the_command(capsys, model, folder, data, tmp_path):
     assert result["scores"]["psnr_rgb"]["copied"]["spread"] == 0
     with (tmp_path / "o" / "scores.csv").open() as f:
         table = list(csv.DictReader(f))
-    assert len(table) == 8 * 4 and float(table[0]["drawn"]) == result["queries"][0]["scores"]["psnr_rgb"]["drawn"]
+    assert len(table) == 8 * 5 and float(table[0]["drawn"]) == result["queries"][0]["scores"]["psnr_rgb"]["drawn"]
     mean = result["scores"]["psnr_rgb"]["drawn"]["mean"]
-    assert f"pairs psnr_rgb (dB): drawn {mean:.2f} ±" in printed and len(printed.splitlines()) == 5
+    assert f"pairs psnr_rgb (dB): drawn {mean:.2f} ±" in printed and len(printed.splitlines()) == 6
     page = (tmp_path / "o" / "index.html").read_text()
-    assert f"{mean:.2f}" in page and page.count("<img") == 8 * 4
+    assert f"{mean:.2f}" in page and page.count("<img") == 9 * 4
 
 
 def test_derain_prints_the_paper_beside_and_scores_whole_images(capsys, model, folder, tmp_path):
@@ -149,8 +148,11 @@ def test_derain_prints_the_paper_beside_and_scores_whole_images(capsys, model, f
     out = capsys.readouterr().out
     assert out.count("; paper: X-Prompt, Table 2 25.53") == 2 and "does not say whether RGB or Y" in out
     result = strict_json(tmp_path / "o" / "result.json")
+    assert "error" in (tmp_path / "o" / "index.html").read_text()
     assert result["published"]["rows"]["X-Prompt, Table 2"] == {"PSNR": 25.53, "SSIM": 0.843}
     assert result["data"]["wrong_example"] == "the right example, shown backwards" and result["data"]["queries"] == 2
+    main(["eval", "recompute", str(tmp_path / "o")])
+    assert "numbers of result.json follow from its files" in capsys.readouterr().out
     query = result["queries"][0]
     before, after = (PIL.Image.open(query["input"].replace("input", side)) for side in ("input", "target"))
     # Stretched to the model's square, through it and back.
@@ -199,6 +201,19 @@ def test_nothing_held_out_is_told(capsys, folder, tmp_path):
     with pytest.raises(SystemExit):
         main(["eval", "pairs", "--model", str(folder), "--data", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "o")])
     assert "no pair is held out" in capsys.readouterr().err and not (tmp_path / "o").exists()
+
+
+def test_a_task_is_compiled_once(model):
+    """More queries of a task, other pictures, words and seeds need no further program."""
+    draw = lambda seed, count: list(
+        run_pairs(
+            model, make_episodes([record(100 * seed + i, "g", "a") for i in range(count)]), no_example=True, seed=seed, progress=False
+        )
+    )
+    draw(1, 17)
+    programs = decode_image._cache_size(), model._compiled_examples._cache_size()
+    draw(2, 33)
+    assert (decode_image._cache_size(), model._compiled_examples._cache_size()) == programs
 
 
 def test_run_pairs_takes_records_in_memory_and_ignores_company(model):
@@ -287,9 +302,10 @@ def test_pooled_sums_equal_the_metrics_over_all_images():
 
     truths = [rng.uniform(0, 11, (480, 640)).astype(np.float32), np.zeros((4, 4), np.float32), rng.uniform(0, 9, (6, 6)).astype(np.float32)]
     guesses = [rng.uniform(0, 11, t.shape).astype(np.float32) for t in truths]
-    (rmse,) = SUITES["depth"].metrics
-    pooled = reduce_sums(rmse.measure(g, t, t) for g, t in zip(guesses, truths, strict=True))
-    assert pooled == pytest.approx(metrics.depth_rmse_painter(guesses, truths))
+    for rmse, wanted in zip(SUITES["depth"].metrics, (metrics.depth_rmse_painter, metrics.depth_rmse_pooled), strict=False):
+        assert rmse.name == wanted.__name__
+        pooled = rmse.reduce(rmse.measure(g, t, t) for g, t in zip(guesses, truths, strict=True))
+        assert pooled == pytest.approx(wanted(guesses, truths))
     assert np.isnan(reduce_sums([])) and np.isnan(reduce_sums([(0.0, 0)]))
 
 
@@ -307,13 +323,36 @@ def dense(tmp_path, suite):
         save_png(truth, tmp_path / "target" / f"{i}.png")
 
 
-@pytest.mark.parametrize("suite, perfect", [("depth", 0.35), ("segmentation", 100.0), ("normals", 0.5)])
+def test_normals_are_unknown_where_no_unit_vector_stands(tmp_path):
+    rgb = palettes.encode_normals(np.broadcast_to([0, 0.6, 0.8], (2, 2, 3))).copy()
+    rgb[0, 0], rgb[0, 1], rgb[1, 0] = 0, 255, 127  # GeoNet's way, and two of NYUD-MT
+    save_png(rgb, tmp_path / "n.png")
+    truth = get_suite("normals_nyud").truth.read(tmp_path / "n.png")
+    assert truth.any(-1).tolist() == [[False, False], [False, True]]
+    np.testing.assert_allclose(truth[1, 1], [0, 0.6, 0.8], atol=0.01)
+
+
+@pytest.mark.parametrize("suite, sides", [("deblur", ("input", "target")), ("denoise", ("noisy", "clean"))])
+def test_photograph_suites_follow_from_their_files(capsys, folder, tmp_path, suite, sides):
+    for i in range(2):
+        for j, side in enumerate(sides):
+            save_png(picture(i, j, shape=(16, 24)), tmp_path / side / f"{i}.png")
+    main(["eval", suite, "--model", str(folder), "--data", str(tmp_path), "--out", str(tmp_path / "o"), "--examples", "1"])
+    result = strict_json(tmp_path / "o" / "result.json")
+    assert list(result["scores"]) == [m.name for m in SUITES[suite].metrics] and result["data"]["queries"] == 1
+    main(["eval", "recompute", str(tmp_path / "o")])
+    assert "numbers of result.json follow from its files" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suite, perfect", [("depth", 0.35), ("segmentation", 100.0), ("normals", 0.5), ("normals_nyud", 0.5)])
 def test_dense_suites_read_their_files_and_know_the_truth(capsys, folder, tmp_path, suite, perfect):
     dense(tmp_path, suite)
     main(["eval", suite, "--model", str(folder), "--data", str(tmp_path), "--out", str(tmp_path / "o"), "--examples", "1"])
     assert "; paper: X-Prompt, Table 2" in capsys.readouterr().out
     for scores in strict_json(tmp_path / "o" / "result.json")["scores"].values():
         assert all(scores[arm]["mean"] is not None for arm in runs.ARMS)
+    main(["eval", "recompute", str(tmp_path / "o")])
+    assert "numbers of result.json follow from its files" in capsys.readouterr().out
     # A picture of the truth, drawn without fault at the model's size, is nearly or wholly right.
     table = get_suite(suite)
     truth = Record(tmp_path / "input" / "0.png", tmp_path / "target" / "0.png", "")
@@ -327,6 +366,9 @@ def test_dense_suites_read_their_files_and_know_the_truth(capsys, folder, tmp_pa
 def test_colours_can_be_chosen(tmp_path):
     depth, labels = get_suite("depth", "turbo").truth, get_suite("segmentation", "painter").truth
     assert isinstance(depth, Depth) and depth.palette.name == "turbo"
+    drawn = depth.palette.encode(np.linspace(0, 10, 12).reshape(3, 4))
+    adherence = [get_suite("depth", name).metrics[2].measure(drawn, None, None)[0] for name in ("turbo", "magma")]
+    assert adherence[0] == 0 and adherence[1] > 20
     assert isinstance(labels, Labels) and labels.palette.colors[0].tolist() == [255, 255, 255]
     np.save(tmp_path / "d.npy", np.full((4, 5), 2.5))
     np.testing.assert_array_equal(depth.read(tmp_path / "d.npy"), np.full((4, 5), 2.5, np.float32))

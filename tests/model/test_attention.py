@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import column, random_rows, segments
+from xprompt_jax.config import ComputeConfig
 from xprompt_jax.errors import UserError
 from xprompt_jax.model.attention import blocked_causal, causal_kernel, dense_attention, dense_mask, splash_causal, split_attention
 from xprompt_jax.prompt import Role, SlotShape
@@ -78,10 +79,16 @@ def test_blocks_are_the_square(length):
         np.testing.assert_allclose(got, want, atol=5e-5)
 
 
-def test_splash_kernel_is_causal_attention():
-    q, k, v = qkv(0, 1, 150, dim=128)
-    want = dense_attention(q, k, v, jnp.tril(jnp.ones((1, 150, 150), bool)))
-    np.testing.assert_allclose(splash_causal(q, k, v, interpret=True), want, atol=2e-5)
+@pytest.mark.parametrize("block", [128, 512])
+def test_splash_kernel_is_causal_attention(block):
+    """Values and gradients, in several blocks and in one that is larger than the rows."""
+    q, k, v = qkv(0, 1, 150, heads=2, kv_heads=1, dim=128)
+    square = lambda q, k, v: dense_attention(q, k, v, jnp.tril(jnp.ones((1, 150, 150), bool)))
+    kernel = lambda q, k, v: splash_causal(q, k, v, block=block, interpret=True)
+    np.testing.assert_allclose(kernel(q, k, v), square(q, k, v), atol=2e-5)
+    grads = [jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1, 2))(q, k, v) for f in (square, kernel)]
+    for want, got in zip(*grads, strict=True):
+        np.testing.assert_allclose(got, want, atol=5e-5)
 
 
 @pytest.mark.parametrize("backend, message", [("cudnn", "needs an NVIDIA GPU"), ("splash", "needs a TPU"), ("flash", "unknown")])
@@ -89,4 +96,10 @@ def test_backends_that_cannot_run_are_refused(backend, message):
     if jax.default_backend() != "cpu":
         pytest.skip("asks what a CPU says")
     with pytest.raises(UserError, match=message):
-        causal_kernel(backend, jnp.bfloat16)
+        causal_kernel(ComputeConfig(attention=backend), jnp.bfloat16)
+
+
+def test_blocks_of_splash_must_be_blocks():
+    for block in (0, 64, 200):
+        with pytest.raises(UserError, match=f"compute.splash_block is {block}; it must be a multiple of 128"):
+            ComputeConfig(splash_block=block)

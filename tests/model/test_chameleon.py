@@ -10,7 +10,7 @@ import pytest
 from tests.helpers import FP32, TINY, column, random_rows, segments
 from xprompt_jax.config import PRESETS
 from xprompt_jax.model.cache import Cache, empty_cache, write
-from xprompt_jax.model.chameleon import Chameleon, abstract_model, extend, project_logits, unstacked
+from xprompt_jax.model.chameleon import Chameleon, Rows, abstract_model, extend, pack, project_logits, unpack, unstacked
 from xprompt_jax.model.params import count, flatten, logical_axes, unflatten
 from xprompt_jax.prompt import SlotShape, stack
 
@@ -36,6 +36,11 @@ def model(request):
     return unflatten(abstract_model(config), moved)
 
 
+def hidden(model, batch, compute=FP32, shape=SHAPE, **options):
+    (out,) = model.hidden([Rows(batch["ids"], batch["positions"], batch["example_lengths"], shape)], compute, **options)
+    return out
+
+
 def oracle(model, rows):
     return model.logits(*(column(rows, n) for n in ("ids", "roles", "groups", "positions")), segments(rows), FP32)
 
@@ -49,9 +54,45 @@ def oracle(model, rows):
 def test_training_pass_is_the_oracle(model, compute):
     rows = random_rows(1, SHAPE)
     b = stack(rows, SHAPE.todo)
-    hidden = model.hidden(b["ids"], b["positions"], SHAPE, b["example_lengths"], compute)
     real = segments(rows)[..., None]
-    np.testing.assert_allclose(project_logits(hidden, model.head[...]) * real, oracle(model, rows) * real, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(
+        project_logits(hidden(model, b, compute), model.head[...]) * real, oracle(model, rows) * real, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_rows_of_several_shapes_together_are_each_alone(model):
+    """Values, and the gradient of what all of them ask for."""
+    shapes = [SHAPE, SlotShape(0, 0, 0, 8), SlotShape(1, 5, 3, 4)]
+    batches = [stack(random_rows(10 + i, shape, batch), shape.todo) for i, (shape, batch) in enumerate(zip(shapes, (6, 2, 4), strict=True))]
+    parts = [Rows(b["ids"], b["positions"], b["example_lengths"], shape) for b, shape in zip(batches, shapes, strict=True)]
+    seen = lambda outs: sum(jnp.sum(jnp.sin(out[:, -shape.todo :])) for out, shape in zip(outs, shapes, strict=True))
+
+    @jax.jit
+    def together(model):
+        out = model.hidden(parts, FP32)
+        return seen(out), out
+
+    @jax.jit
+    def alone(model):
+        out = [model.hidden([part], FP32)[0] for part in parts]
+        return seen(out), out
+
+    want, wanted = jax.grad(alone, has_aux=True)(model)[::-1]
+    got, grads = jax.grad(together, has_aux=True)(model)[::-1]
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4)
+    for name, value in flatten(wanted).items():
+        np.testing.assert_allclose(flatten(grads)[name], value, atol=1e-4, rtol=1e-3, err_msg=name)
+
+
+def test_what_was_packed_is_unpacked():
+    parts = [np.arange(n * slots).reshape(n, slots) + 1000 * n for n, slots in ((6, 5), (4, 3), (2, 7))]
+    packed = pack(parts)
+    assert packed.shape == (2, 6 * 5 // 2 + 4 * 3 // 2 + 7)
+    np.testing.assert_array_equal(packed[0], np.concatenate([part[: len(part) // 2].ravel() for part in parts]))
+    for part, again in zip(parts, unpack(packed, [p.shape for p in parts]), strict=True):
+        np.testing.assert_array_equal(again, part)
 
 
 @pytest.mark.parametrize("remat", ["block", "dots", "names", "offload"])
@@ -59,8 +100,7 @@ def test_remat_changes_no_gradient(model, remat):
     b = stack(random_rows(2, SHAPE), SHAPE.todo)
 
     def loss(model, compute):
-        hidden = model.hidden(b["ids"], b["positions"], SHAPE, b["example_lengths"], compute)
-        return jnp.sum(jnp.sin(hidden[:, SHAPE.xp_end :]))
+        return jnp.sum(jnp.sin(hidden(model, b, compute)[:, SHAPE.xp_end :]))
 
     want = flatten(jax.jit(jax.grad(lambda m: loss(m, FP32)))(model))
     got = flatten(jax.jit(jax.grad(lambda m: loss(m, dataclasses.replace(FP32, remat=remat))))(model))
@@ -73,8 +113,8 @@ def test_the_example_reaches_the_task_through_xp_alone(model):
     rows = random_rows(3, SHAPE)
     b = stack(rows, SHAPE.todo)
 
-    def answer(ids, xp_kv_from=None):
-        return model.hidden(ids, b["positions"], SHAPE, b["example_lengths"], FP32)[:, SHAPE.xp_end :]
+    def answer(ids):
+        return hidden(model, b | {"ids": ids})[:, SHAPE.xp_end :]
 
     other = b["ids"].copy()
     other[:, 1 : SHAPE.context_end] = (other[:, 1 : SHAPE.context_end] + 7) % 400
@@ -82,14 +122,14 @@ def test_the_example_reaches_the_task_through_xp_alone(model):
     # In the first layer XP keys do not depend on the example yet: one layer deep, the task sees nothing of it.
     shallow = dataclasses.replace(model.config, num_layers=1)
     one = unflatten(abstract_model(shallow), {n: v[:1] if n.startswith("blocks") else v for n, v in flatten(model).items()})
-    run = lambda ids: one.hidden(ids, b["positions"], SHAPE, b["example_lengths"], FP32)[:, SHAPE.xp_end :]
+    run = lambda ids: hidden(one, b | {"ids": ids})[:, SHAPE.xp_end :]
     np.testing.assert_array_equal(run(other), run(b["ids"]))
 
 
 def test_dropout_needs_a_key_and_follows_it(model):
     b = stack(random_rows(4, SHAPE), SHAPE.todo)
-    run = lambda key: model.hidden(b["ids"], b["positions"], SHAPE, b["example_lengths"], FP32, rate=0.5, key=key)
-    plain = model.hidden(b["ids"], b["positions"], SHAPE, b["example_lengths"], FP32)
+    run = lambda key: hidden(model, b, rate=0.5, key=key)
+    plain = hidden(model, b)
     np.testing.assert_array_equal(run(None), plain)
     first, again, other = run(jax.random.key(0)), run(jax.random.key(0)), run(jax.random.key(1))
     np.testing.assert_array_equal(first, again)

@@ -12,7 +12,8 @@ from xprompt_jax.model.attention import cached_attention
 from xprompt_jax.model.cache import Cache, empty_cache, write
 from xprompt_jax.model.chameleon import Chameleon, extend, unstacked
 from xprompt_jax.model.params import flatten, unflatten
-from xprompt_jax.model.quantize import Int8, product, quantize, quantized
+from xprompt_jax.model.product import product
+from xprompt_jax.model.quantize import Int8, quantize, quantized
 
 MATRICES = {"wq": ("bld,dhk->blhk", 1), "wo": ("blhk,hkd->bld", 2), "down": ("blf,fd->bld", 1), "head": ("...d,dv->...v", 1)}
 

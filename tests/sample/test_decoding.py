@@ -259,10 +259,18 @@ def test_compiled_prompt_file(model, tmp_path):
     ({"num_images": 0}, "num_images"), ({"inputs": []}, "at least one input"), ({"inputs": "a.png"}, "takes a list"),
     ({"temperature": float("nan")}, "temperature"), ({"top_k": -1}, "top_k"), ({"guidance": float("inf")}, "guidance"),
     ({"instruction": "rain " * 20_000}, "do not fit"), ({"task": []}, "at least one example"), ({"window": 0}, "window"),
+    ({"task": [("a.png", "b.png")]}, "a list of Example"), ({"inputs": [None]}, "an image must be"),
 ])  # fmt: skip
 def test_bad_arguments(model, change, message):
     with pytest.raises(UserError, match=message):
         model.generate(**{"task": [example(2)], "inputs": images(3, 1), **change})
+
+
+def test_an_example_needs_both_its_images():
+    with pytest.raises(UserError, match="has no output: give the image before and the image after"):
+        Example("before.png")
+    with pytest.raises(UserError, match="has no input"):
+        Example(None, "after.png")
 
 
 def test_logits_checks_its_input(model):

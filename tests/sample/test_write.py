@@ -1,6 +1,7 @@
 """Text and images in one answer, against a plain loop over `XPrompt.logits`, one row and one token at a time."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,10 @@ from xprompt_jax.errors import UserError
 from xprompt_jax.model.chameleon import Chameleon
 from xprompt_jax.model.params import flatten, unflatten
 from xprompt_jax.model.vqgan import VQGAN
+from xprompt_jax.sample import write as module
 from xprompt_jax.sample.logits import Sampling, choose, gumbel, penalise_repeats
 from xprompt_jax.sample.sampler import Example, XPrompt
-from xprompt_jax.sample.write import write
+from xprompt_jax.sample.write import parts
 
 TEXT, IMAGE = Sampling(1.2, top_p=0.9), Sampling(0.9, top_k=12)
 LENGTH = 128
@@ -34,6 +36,12 @@ def model():
     return make(TINY)
 
 
+def write(*args, **options):
+    """All there is at the end."""
+    *_, rows = module.write(*args, **options)
+    return rows
+
+
 def by_the_oracle(model, prompt, *, seed, limit, max_images, scale, penalty):
     """The rules of write.py once more, in Python."""
     v, grid = model.tokenizer.vocab, model.config.vq.grid
@@ -46,12 +54,12 @@ def by_the_oracle(model, prompt, *, seed, limit, max_images, scale, penalty):
 
     while len(written) < limit:
         logits = last([v.bos, *prompt, *written])
-        noise = gumbel(key, jnp.array([[len(written)]]), len(logits))[0, 0]
+        noise = lambda size: gumbel(key, jnp.array([[len(written)]]), size)[0, 0]
         if image is None:
             allowed = np.isin(np.arange(len(logits)), [*v.text_ids, v.eos])
             allowed[v.boi] = images < max_images and len(written) + grid * grid + 2 <= limit
             seen = np.isin(np.arange(len(logits)), written)
-            token = int(choose(jnp.where(allowed, penalise_repeats(logits, seen, penalty), -jnp.inf), noise, TEXT))
+            token = int(choose(jnp.where(allowed, penalise_repeats(logits, seen, penalty), -jnp.inf), noise(len(logits)), TEXT))
             if token == v.boi:
                 image, images = [token], images + 1
         elif len(image) == 1 + grid * grid:
@@ -61,7 +69,7 @@ def by_the_oracle(model, prompt, *, seed, limit, max_images, scale, penalty):
             if scale != 1:
                 alone = last([v.bos, *image])[codes]
                 guided = alone + scale * (guided - alone)
-            token = int(codes[choose(guided, noise[codes], IMAGE)])
+            token = int(codes[choose(guided, noise(len(codes)), IMAGE)])
             image.append(token)
         written.append(token)
         if token == v.eos:
@@ -69,13 +77,13 @@ def by_the_oracle(model, prompt, *, seed, limit, max_images, scale, penalty):
     return written
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.5])
-def test_rows_are_what_a_plain_loop_writes(model, scale):
+@pytest.mark.parametrize("scale, window", [(1.0, 1), (1.0, 5), (2.5, 5), (2.5, 32)])
+def test_rows_are_what_a_plain_loop_writes(model, scale, window):
     sep, v = model.tokenizer.vocab.sep, model.tokenizer.vocab
     picture = model.prompter.layout.encode(np.arange(16).reshape(4, 4) + 3)
     prompts = [np.array([*model.tokenizer.encode(t), sep]) for t in ("paint the depth", "add rain", "remove the rain and add rain")]
     prompts.append(np.array([*picture, sep]))
-    settings = dict(seed=5, max_images=2, repetition_penalty=1.3, text=TEXT, image=IMAGE, scale=scale)
+    settings = dict(seed=5, max_images=2, repetition_penalty=1.3, text=TEXT, image=IMAGE, scale=scale, window=window)
     rows = write(model, [(None, p) for p in prompts], max_tokens=70, **settings)
     assert len({tuple(r[:40]) for r in rows}) == 4
     for prompt, row in zip(prompts, rows, strict=True):
@@ -90,7 +98,7 @@ def test_rows_are_what_a_plain_loop_writes(model, scale):
 def test_an_image_that_cannot_fit_is_not_begun(model):
     v = model.tokenizer.vocab
     prompts = [(None, np.array([word, v.sep])) for word in v.text_ids[:16]]
-    settings = dict(scale=1.0, text=Sampling(), image=Sampling(), repetition_penalty=1.0)
+    settings = dict(scale=1.0, text=Sampling(), image=Sampling(), repetition_penalty=1.0, window=7)
     ends_at_the_limit = 0
     for limit, max_images in ((17, 9), (18, 9), (40, 1), (40, 0)):
         for row in write(model, prompts, seed=limit, max_tokens=limit, max_images=max_images, **settings):
@@ -126,8 +134,51 @@ def test_interleave(model):
         model.interleave([])
     with pytest.raises(UserError, match="do not fit"):
         model.interleave(["add rain"], max_tokens=20_000)
-    with pytest.raises(UserError, match="max_tokens"):
-        model.interleave(["add rain"], max_tokens=0)
+    for wrong in ("max_tokens", "window"):
+        with pytest.raises(UserError, match=wrong):
+            model.interleave(["add rain"], **{wrong: 0})
+
+
+def test_images_take_fewer_passes_in_a_window(model, monkeypatch):
+    """At a high temperature the noise of a place decides more than what stands before it, and drafts are often right."""
+    passes, write_tokens = [], module.write_tokens
+
+    def counting(*args, **options):
+        rows = write_tokens(*args, **options)
+        passes.append(int(rows.passes))
+        return rows
+
+    monkeypatch.setattr(module, "write_tokens", counting)
+    ask = lambda window: model.interleave(
+        ["add rain", "remove the rain"], seed=2, max_tokens=100, max_images=3, text=TEXT, image=Sampling(4.0), window=window
+    )  # fmt: skip
+    want, one_by_one = ask(1), passes[-1]
+    assert sum(not isinstance(part, str) for answer in want for part in answer) > 2
+    got = ask(16)
+    assert all(np.array_equal(a, b) for x, y in zip(got, want, strict=True) for a, b in zip(x, y, strict=True))
+    assert passes[-1] < 0.7 * one_by_one
+
+
+def test_answers_come_as_they_are_written(model):
+    """Each is the beginning of the next, and the last is what `interleave` returns; an image begins before it is done."""
+    prompts, options = ["add rain", "remove the rain"] * 9, dict(seed=2, max_tokens=100, max_images=3, text=TEXT, image=IMAGE, window=1)
+    stream = list(model.stream_interleave(prompts, **options))
+    want = model.interleave(prompts, **options)
+    same = lambda a, b: len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    assert len(stream) > 4 and all(same(a, b) for a, b in zip(stream[-1], want, strict=True))
+    for before, after in itertools.pairwise(stream):
+        for a, b in zip(before, after, strict=True):
+            assert len(a) <= len(b) and same(a[:-1], b[: max(len(a) - 1, 0)])
+    assert stream[0][16:] == [[], []], "what is written in a second turn is empty before it"
+
+
+def test_a_half_drawn_image_is_shown(model):
+    v, codes = model.tokenizer.vocab, np.array([7, 3, 5])
+    words = model.tokenizer.encode("add rain")
+    for count in (0, 1, 3):
+        text, image = parts(model, np.array([*words, v.boi, *(codes[:count] + v.image_start)]))
+        square = np.concatenate([codes[:count], np.full(16 - count, codes[0] if count else 0)]).reshape(1, 4, 4)
+        assert text == "add rain" and np.array_equal(image, model.decode_images(square)[0])
 
 
 def test_descriptions_of_several_pairs_are_those_of_each(model):

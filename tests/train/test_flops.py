@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers import TINY_VQ, random_rows
 from xprompt_jax.config import BucketConfig, ComputeConfig, Config, DataConfig, ModelConfig, OptimConfig
-from xprompt_jax.model.chameleon import abstract_model
+from xprompt_jax.model.chameleon import Rows, abstract_model
 from xprompt_jax.model.params import flatten, unflatten
 from xprompt_jax.prompt import stack
 from xprompt_jax.train.metrics import attention_pairs, row_flops, step_flops
@@ -41,7 +41,7 @@ def test_forward_pass(examples):
 
     def forward(params):
         model = unflatten(abstract_model(config.model), params)
-        return model.hidden(batch["ids"], batch["positions"], shape, batch["example_lengths"], config.compute)
+        return model.hidden([Rows(batch["ids"], batch["positions"], batch["example_lengths"], shape)], config.compute)
 
     counted = jax.jit(forward).lower(flatten(abstract_model(config.model))).compile().cost_analysis()["flops"]
     heads = config.model.num_layers * config.model.num_heads * config.model.head_dim
@@ -61,8 +61,11 @@ def test_training_step(optim):
     counted = make_train_step(config, optimizer).lower(state, {"b": batch}).compile().cost_analysis()["flops"]
     backward = config.optim.trainable != "image_head"
     computed_though_hidden = (12 if backward else 4) * model.num_heads * model.head_dim * hidden_pairs(shape)
-    head_made_again = 2 * model.dim * model.vocab_size * ANSWERS  # the loss is rematerialised; the formula counts no recomputation
-    formula = step_flops(config) + ROWS * (computed_though_hidden + head_made_again)
+    # The loss and the scores of causal squares are rematerialised; the formula counts no recomputation.
+    head_made_again = 2 * model.dim * model.vocab_size * ANSWERS
+    squares = shape.examples * (1 + shape.context) ** 2 + (1 + shape.examples * shape.xp + shape.todo) ** 2
+    scores_made_again = 2 * backward * model.num_heads * model.head_dim * squares
+    formula = step_flops(config) + ROWS * (computed_though_hidden + head_made_again + scores_made_again)
     assert formula < counted < 1.025 * formula
 
 

@@ -1,4 +1,4 @@
-"""Adapters: merged layer by layer, trained as if the merged weights were, written as an ordinary model."""
+"""Adapters: beside their matrices, trained as if both were one, written as an ordinary model."""
 
 import dataclasses
 import os
@@ -22,7 +22,7 @@ from xprompt_jax.train.loop import train
 from xprompt_jax.train.lora import SCALE, adapter_axes
 from xprompt_jax.train.optim import assemble, make_optimizer, merge
 from xprompt_jax.train.state import abstract_state, make_state
-from xprompt_jax.train.step import _bucket_sums, shapes_of
+from xprompt_jax.train.step import bucket_sums
 
 LORA = replace(
     dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, buckets=CONFIG.data.buckets[:1])),
@@ -48,7 +48,7 @@ BATCH = data(0, LORA)["in_context"]
 
 
 def loss(params, config=LORA):
-    return _bucket_sums(config, params, BATCH, shapes_of(config)["in_context"], 1, None).loss
+    return bucket_sums(config, params, {"in_context": BATCH})["in_context"].loss
 
 
 def test_gradients_are_those_through_merged_weights():
@@ -103,26 +103,30 @@ def test_moments_and_shardings():
         adapter_axes("lora.blocks.mlp.up.c")
 
 
-def scanned(jaxpr):
-    """Shapes of everything that a scan in a jaxpr puts out."""
+def made(jaxpr):
+    """(operation, shape) of everything that a jaxpr computes, inside loops as well."""
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "scan":
-            yield from (tuple(out.aval.shape) for out in equation.outvars)
+        yield from ((equation.primitive.name, tuple(out.aval.shape)) for out in equation.outvars)
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
             if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                yield from scanned(getattr(inner, "jaxpr", inner))
+                yield from made(getattr(inner, "jaxpr", inner))
 
 
 @pytest.mark.parametrize("remat", ["none", "block", "dots", "names", "offload"])
-def test_merged_weights_exist_for_one_layer_at_a_time(remat):
-    """No loop over layers puts out anything of the shape of all layers' matrices (remat none keeps them, as it keeps every weight)."""
+def test_no_merged_weight_and_no_gradient_of_one_is_made(remat):
+    """No product has the shape of a layer's matrix, and no loop over layers puts out anything of the shape of all layers' matrices."""
     config = dataclasses.replace(replace(LORA, model={"num_layers": 5, "dim": 40}), compute=dataclasses.replace(LORA.compute, remat=remat))
     state = jax.eval_shape(some_state(config))
-    through = lambda params, frozen: loss(assemble(params, frozen), config)
-    found = set(scanned(jax.make_jaxpr(jax.grad(through))(state.params, state.frozen).jaxpr))
-    assert (5, 40, 3) in found  # the walk sees the gradient of an A
-    matrices = {state.frozen[f"blocks.{part}.{target}"].shape for target, part in PARTS.items()}
-    assert bool(found & matrices) == (remat == "none")
+
+    def found(base, trained):
+        return set(made(jax.make_jaxpr(jax.grad(lambda params, frozen: loss(params | frozen, config)))(trained, base).jaxpr))
+
+    assert ("scan", (5, 40, 3)) in found(state.frozen, state.params)  # the walk sees the gradient of an A
+    shapes = {state.frozen[f"blocks.{part}.{target}"].shape for target, part in PARTS.items()}
+    matrices = {("scan", shape) for shape in shapes} | {("dot_general", shape[1:]) for shape in shapes}
+    assert not found(state.frozen, state.params) & matrices
+    whole = {n: v for n, v in (state.frozen | state.params).items() if not n.startswith("lora.")}
+    assert {("scan", shape) for shape in shapes} <= found({}, whole), "a full fine-tune has them"
 
 
 def test_scan_is_unrolled_and_eight_devices_are_one():

@@ -11,7 +11,9 @@ import pytest
 from tests.train.test_training import CONFIG, data, replace, run_steps
 from xprompt_jax.config import OptimConfig
 from xprompt_jax.mesh import make_mesh, shard_batch
-from xprompt_jax.train.optim import in_bfloat16, make_optimizer, merge, round_stochastic
+from xprompt_jax.model.chameleon import Chameleon
+from xprompt_jax.model.params import flatten
+from xprompt_jax.train.optim import in_bfloat16, make_optimizer, merge, round_stochastic, sides
 from xprompt_jax.train.state import abstract_state, init_state
 from xprompt_jax.train.step import make_train_step
 
@@ -105,3 +107,42 @@ def test_trained_columns_of_a_bfloat16_head_stay_float32():
     state = init_state(config, optimizer, make_mesh(config.mesh, jax.devices()[:1]))
     head = merge({"head.image": state.params["head.image"] + 1e-4}, state.frozen)["head"]
     np.testing.assert_array_equal(head[:, 4:36], state.params["head.image"] + 1e-4)
+
+
+def as_matrices(name, stack):
+    """A stacked parameter as the matrices that Muon sees, float64 [layers, inputs, outputs]."""
+    count = np.prod([stack.shape[i] for i in sides(name).reduction_axis])
+    return np.asarray(stack, np.float64).reshape(len(stack), count, -1)
+
+
+def test_muon_turns_every_layer_s_matrix_alone_and_adam_the_rest():
+    params = flatten(Chameleon(CONFIG.model, jax.random.key(0)))
+    keys = jax.random.split(jax.random.key(1), len(params))
+    sizes = 10.0 ** np.random.default_rng(0).integers(-3, 3, len(params))
+    grads = {n: c * jax.random.normal(key, params[n].shape) for key, c, n in zip(keys, sizes, params, strict=True)}
+    plain = OptimConfig(learning_rate=0.5, schedule="constant", warmup_steps=0, weight_decay=0.0, clip_norm=0.0)
+    adamw, muon = (make_optimizer(dataclasses.replace(plain, name=name), 10) for name in ("adamw", "muon"))
+    (by_adam, _), (by_muon, _) = (o.update(grads, o.init(params), params) for o in (adamw, muon))
+    turned = {name for name in params if sides(name)}
+    matrices = ("attention.wq", "attention.wk", "attention.wv", "attention.wo", "mlp.gate", "mlp.up", "mlp.down")
+    assert turned == {f"blocks.{name}" for name in matrices}
+    for name in params.keys() - turned:
+        np.testing.assert_array_equal(by_muon[name], by_adam[name], err_msg=name)
+    for name in turned:
+        for g, u in zip(as_matrices(name, grads[name]), as_matrices(name, by_muon[name]), strict=True):
+            left, _, right = np.linalg.svd(g, full_matrices=False)
+            seen = left.T @ -u @ right.T / (0.5 * 0.2 * max(g.shape) ** 0.5)  # U V^T, up to what five iterations leave
+            assert 0.6 < np.diagonal(seen).min() < np.diagonal(seen).max() < 1.3, name
+            np.testing.assert_allclose(seen - np.diag(np.diagonal(seen)), 0, atol=1e-3, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_muon_learns_and_eight_devices_are_one(dtype):
+    config = replace(ONE_BUCKET, optim={"name": "muon", "moment_dtype": dtype}, mesh={"data": 2, "fsdp": 2, "tensor": 2})
+    losses, state = train_on_one_batch(config, jax.devices())
+    assert losses[-1] < 0.6 * losses[0]
+    moments = [leaf.dtype for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 1]
+    assert set(moments) == {jnp.dtype(dtype)}
+    if dtype == "float32":
+        alone, _ = train_on_one_batch(replace(config, mesh={"data": 1, "fsdp": 1, "tensor": 1}), jax.devices()[:1])
+        np.testing.assert_allclose(losses[:5], alone[:5], rtol=2e-4)

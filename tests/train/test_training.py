@@ -14,14 +14,16 @@ import pytest
 from tests.helpers import FP32, TINY, random_rows
 from xprompt_jax.config import BucketConfig, Config, DataConfig, MeshConfig, OptimConfig, TrainConfig
 from xprompt_jax.errors import UserError
-from xprompt_jax.mesh import make_mesh, shard_batch
+from xprompt_jax.mesh import RULES, make_mesh, shard_batch
+from xprompt_jax.model.chameleon import Chameleon
+from xprompt_jax.model.params import flatten
 from xprompt_jax.prompt import Role, stack
 from xprompt_jax.train.loop import train
 from xprompt_jax.train.loss import cross_entropy, gather_answers
 from xprompt_jax.train.metrics import attention_pairs, read_metrics, row_flops
 from xprompt_jax.train.optim import make_optimizer, merge, schedule, split_trainable
 from xprompt_jax.train.state import abstract_state, init_state
-from xprompt_jax.train.step import make_train_step, shapes_of
+from xprompt_jax.train.step import bucket_sums, make_train_step, shapes_of
 
 CONFIG = Config(
     model=TINY,
@@ -92,6 +94,37 @@ def test_chunked_loss_is_the_plain_loss():
     assert sums.correct == jnp.sum(weights * (jnp.argmax(states @ head, -1) == labels))
 
 
+def test_groups_have_sums_of_their_own():
+    keys = jax.random.split(jax.random.key(0), 3)
+    states, head = jax.random.normal(keys[0], (2, 7, 16)), jax.random.normal(keys[1], (16, 50))
+    labels = jax.random.randint(keys[2], (2, 7), 0, 50)
+    groups = jnp.stack([jnp.zeros((2, 7)).at[:, :3].set(1.0), jnp.zeros((2, 7)).at[1, 4:].set(0.5)])
+    together = cross_entropy(states, head, labels, groups, chunk=3)
+    for i, weights in enumerate(groups):
+        assert_close([s[i] for s in together], list(cross_entropy(states, head, labels, weights, chunk=3)))
+
+
+def test_buckets_together_are_each_alone():
+    """The step's sums and gradients against those of one bucket at a time."""
+    params = flatten(Chameleon(TINY, jax.random.key(0)))
+    batches = data(0)
+
+    @jax.jit
+    def gradient(params, batches):
+        def loss(params):
+            sums = bucket_sums(CONFIG, params, batches)
+            return sum(s.loss for s in sums.values()), sums
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    grads, together = gradient(params, batches)
+    alone = {name: gradient(params, {name: batch}) for name, batch in batches.items()}
+    assert set(together) == set(batches) == {"in_context", "text_to_image"}
+    for name, (_, sums) in alone.items():
+        assert_close(together[name], sums[name], atol=1e-3)
+    assert_close(grads, jax.tree.map(jnp.add, *(g for g, _ in alone.values())), atol=2e-4)
+
+
 def test_rows_without_weight_give_no_gradient_and_no_nan():
     states, head = jnp.ones((1, 4, 8)), jnp.ones((8, 5))
     grads = jax.grad(lambda s: cross_entropy(s, head, jnp.zeros((1, 4), int), jnp.zeros((1, 4)), chunk=2).loss)(states)
@@ -130,6 +163,15 @@ def test_eight_devices_are_one(one_device, mesh):
     state, history = run_steps(dataclasses.replace(CONFIG, mesh=mesh), None)
     assert_close(history, one_device[1])
     assert_close(state.params, one_device[0].params, atol=2e-3)  # Adam turns rounding of near-zero gradients into steps
+
+
+def test_dropout_is_that_of_one_device_and_the_residual_stream_may_be_split(one_device, monkeypatch):
+    """The random numbers do not depend on the mesh; nor does anything on the rule that docs/scaling.md offers."""
+    config = replace(train={"dropout": 0.3})
+    _, want = run_steps(config, jax.devices()[:1], steps=1)
+    assert abs(want[0]["loss"] - one_device[1][0]["loss"]) > 1e-3
+    monkeypatch.setitem(RULES, "act_embed", ("tensor",))
+    assert_close(run_steps(dataclasses.replace(config, mesh=MeshConfig(1, 2, 4)), None, steps=1)[1], want)
 
 
 def test_microbatches_are_one_batch(one_device):

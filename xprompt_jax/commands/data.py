@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from xprompt_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from xprompt_jax.data.store import Store
 
 _SOURCES = ("dataset", "manifest", "inputs", "world", "stores")
 _FLAGS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("split", "allow_partial", "palette", "classes", "expert", "password", "min_score", "mirror"), ("dataset",)),
     **dict.fromkeys(("rename", "task", "instruction", "reverse_instruction"), ("inputs",)),
     **dict.fromkeys(("photos", "seed"), ("world",)),
-    **dict.fromkeys(("model", "recipe", "eval_fraction"), _SOURCES[:4]),
+    **dict.fromkeys(("model", "recipe", "eval_fraction", "crops", "max_corrupt"), _SOURCES[:4]),
+    "shard": _SOURCES[:3],
 }
 """Flags of `tokenize` -> the sources that they work on."""
 
@@ -32,6 +39,12 @@ class Tokenize:
       xprompt tokenize --model DIR --out data/mine --manifest pairs.jsonl
       xprompt tokenize --model DIR --out data/world --world 2000 --photos ~/Pictures
       xprompt tokenize --out data/all --stores data/gopro data/rain data/mine
+
+    A job that was stopped goes on where it was when the same command is given again. An array of jobs, each with a --shard of its own,
+    makes the parts of one store:
+
+      xprompt tokenize --model DIR --out data/laion --dataset laion_aesthetics --root ~/laion --shard $SLURM_ARRAY_TASK_ID/64
+      xprompt tokenize --out data/laion --stores data/laion-*-of-00064
     """
 
     model: str = ""
@@ -81,7 +94,13 @@ class Tokenize:
     photos: Path | None = None
     """Folder of photographs for the tasks of --world that work on any image."""
     stores: tuple[Path, ...] = ()
-    """Finished stores of one model, to be one."""
+    """Finished stores of one model, to be one; an image that several hold is kept once."""
+    shard: str = "0/1"
+    """i/n, i from 0: the i-th of n parts alone, written to OUT-0000i-of-0000n; --stores joins them, in order, to one job's store."""
+    crops: Literal[1, 2, 3, 4] = 1
+    """Crops stored of every image, of which training draws one: the centre, and random windows, at one place in both images of a pair."""
+    max_corrupt: float = 0.01
+    """Pairs that may be unreadable: below 1 a fraction of all, else their number; skipped.jsonl lists them. 0 stops at the first."""
     eval_fraction: float = 0.05
     """Held out for evaluation, where the source does not say."""
     recipe: Literal["meta", "hf"] = "meta"
@@ -117,7 +136,7 @@ class Tokenize:
             store = merge(self.stores, self.out)
         else:
             store = self._tokenize(self.out)
-        print(f"{self.out}: {len(store.pairs)} pairs, {len(store.codes)} images")
+        print(f"{store.folder}: {len(store.pairs)} pairs, {len(store.codes)} images")
 
     def _check_flags(self) -> None:
         """Refuses what the given source has no use for: a flag that is passed over is a wrong store."""
@@ -128,10 +147,12 @@ class Tokenize:
                 raise UserError(f"--{flag} works on {right}, not on --{source}; leave it out")
         if self.seed < 0:
             raise UserError("--seed must not be negative")
+        if self.max_corrupt < 0:
+            raise UserError("--max-corrupt must not be negative")
         if self.export is not None and self.out is not None:
             raise UserError("--export writes a manifest, --out a store; give one of them")
 
-    def _tokenize(self, out: Path):
+    def _tokenize(self, out: Path) -> Store:
         if not self.model:
             raise UserError("--model is missing: a model's folder, or org/name on the Hugging Face hub")
         from xprompt_jax.convert.formats import open_source
@@ -139,26 +160,51 @@ class Tokenize:
         from xprompt_jax.data import sources
         from xprompt_jax.data.tokenise import tokenize
 
+        index, parts = self._shard()
+        if parts > 1:
+            out = out.with_name(f"{out.name}-{index:05d}-of-{parts:05d}")
         source = open_source(self.model)
         vqgan, tokenizer = load_vqgan(source), tokenizer_of(source)
         total = None
+        records: Iterable[sources.Record]
         if self.dataset:
             records = self._pairs()
-            total = len(records)
         elif self.manifest is not None:
-            records = sources.manifest(self.manifest, eval_fraction=self.eval_fraction)
+            records = sources.ManifestRecords(self.manifest, eval_fraction=self.eval_fraction)
         elif self.inputs is not None and self.outputs is not None:
-            records = sources.paired_folders(
+            records = list(sources.paired_folders(
                 self.inputs, self.outputs, task=self.task, instruction=self.instruction,
                 reverse_instruction=self.reverse_instruction, rename=self.rename, eval_fraction=self.eval_fraction,
-            )  # fmt: skip
+            ))  # fmt: skip
         else:
             size = vqgan.config.image_size
             photos = sources.photographs(self.photos, size) if self.photos else []
+            groups, pairs = self.world or 0, 4
+            total = groups * pairs
             records = sources.world_pairs(
-                groups=self.world or 0, pairs_per_group=4, size=size, seed=self.seed, photos=photos, eval_fraction=self.eval_fraction
+                groups=groups, pairs_per_group=pairs, size=size, seed=self.seed, photos=photos, eval_fraction=self.eval_fraction
             )
-        return tokenize(records, vqgan, tokenizer, out, recipe=self.recipe, total=total)
+        return tokenize(
+            records, vqgan, tokenizer, out, recipe=self.recipe, crops=self.crops, shard=(index, parts), max_corrupt=self.max_corrupt,
+            job=self._job(), total=total,
+        )  # fmt: skip
+
+    def _shard(self) -> tuple[int, int]:
+        match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
+        index, parts = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not index < parts:
+            raise UserError(f"--shard {self.shard}: give i/n with i from 0 to n-1, as 3/64")
+        return index, parts
+
+    def _job(self) -> dict[str, str]:
+        """What decides which records there are, so that a stopped job does not go on with others."""
+        apart = {"model", "out", "list", "export", "stores", "shard", "max_corrupt", "recipe", "crops", "allow_partial"}
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in apart}
+        job = {name: str(value) for name, value in given.items() if value not in (None, "", ())}
+        if self.manifest is not None:
+            with self.manifest.open("rb") as file:
+                job["manifest_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return job
 
     def _pairs(self):
         """The pairs of --dataset."""
@@ -242,24 +288,24 @@ class Annotate:
 class Index:
     """Find the nearest instructions of every pair, for retrieval of examples (RAIE).
 
-    The file serves two ends: `xprompt compile --index` finds the example of an instruction in it, and it lists for each pair the
+    The index serves two ends: `xprompt compile --index` finds the example of an instruction in it, and it lists for each pair the
     training pairs with the nearest instructions, never itself nor a pair that shares an image with it.
 
     Examples:
       xprompt index --data edits.jsonl --out edits.index
-      xprompt index --data edits.jsonl --out edits.index --encoder clip --clip clip-vit-base-patch32
+      xprompt index --data edits.jsonl --out edits.index --encoder clip --clip openai/clip-vit-base-patch32
     """
 
     data: Path
     """A manifest (JSONL) or a token store. A store's pairs have the order of the manifest it was made from: one index serves both."""
     out: Path
-    """The index file."""
+    """The index, a folder: neighbours.parquet, and the instructions' features."""
     neighbours: int = 8
     """Nearest pairs to list for each pair."""
     encoder: Literal["hashed", "clip"] = "hashed"
     """What makes instructions near: shared words and letters, which needs no weights, or CLIP's text features, as in the paper."""
     clip: Path | None = None
-    """Folder of CLIP's weights and tokenizer (a copy of openai/clip-vit-base-patch32), for --encoder clip."""
+    """CLIP's weights and tokenizer, for --encoder clip: a folder, or org/name on the Hugging Face hub (openai/clip-vit-base-patch32)."""
     eval_fraction: float = 0.05
     """Held out of a manifest without splits, as by `xprompt tokenize`; what is held out is nobody's neighbour."""
     seed: int = 0

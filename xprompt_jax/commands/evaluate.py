@@ -6,118 +6,27 @@ import functools
 import operator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
-from xprompt_jax.commands.sampling import SamplingFlags
+from xprompt_jax.commands.evaluate_suites import (
+    EDIT_SUITES,
+    MAGICBRUSH_SUITES,
+    PAIR_SUITES,
+    DrawingFlags,
+    Edits,
+    MagicBrush,
+    Pairs,
+    Table4,
+    World,
+    tell_waiting,
+)  # fmt: skip
 from xprompt_jax.errors import UserError
 
-if TYPE_CHECKING:
-    from xprompt_jax.evaluate.suites import Suite
-
-PAIR_SUITES = {
-    "pairs": "Any pairs of images: how near the drawn image is to the held-out one.",
-    "derain": "Rain100L: light rain removed.",
-    "derain_heavy": "Rain100H: heavy rain removed, the novel task of Table 4.",
-    "low_light": "LOL-v1: dark photographs brightened.",
-    "deblur": "GoPro: motion blur removed.",
-    "denoise": "Noise removed from photographs.",
-    "depth": "NYUv2: depth in metres.",
-    "segmentation": "ADE20K: 150 classes.",
-    "normals": "NYUv2: surface normals.",
-}
-"""Name -> what it measures; as in `evaluate.suites`, which is too heavy for --help."""
-
 
 @dataclass
-class Pairs(SamplingFlags):
-    """Score a model on pairs of images, every one drawn from several example pairs."""
-
-    suite: tyro.conf.Suppress[str]
-    """One of PAIR_SUITES."""
-    model: str
-    """Model folder, or org/name on the Hugging Face hub."""
-    data: Path
-    """A manifest (its rows of split eval), or a folder with input/ and target/, whose files have equal names."""
-    out: Path
-    """Folder for the results; started again, a run goes on from the images in it."""
-    examples_from: Path | None = None
-    """Manifest or folder to take example pairs from; without it, the manifest's training pairs, or pairs set aside from --data."""
-    examples: int = 3
-    """Example pairs to draw every query from; scores are given with their spread over them."""
-    queries: int = 0
-    """Most queries of each group; 0 takes all."""
-    eval_fraction: float | None = None
-    """Held out of a manifest that does not say; by default 0.05 for pairs, as in `xprompt tokenize`, and 1 for the other suites."""
-    palette: str = ""
-    """Colours of depth (grey, turbo, ...) or of classes (max_separation, painter), where the model was trained on others."""
-    seed: int = 0
-    """Of the choice of examples, of the images and of the bootstrap."""
-    overwrite: bool = False
-    """Draw again what OUT holds; needed when settings have changed."""
-
-    def run(self) -> None:
-        """Draws and scores."""
-        if self.examples < 1 or self.queries < 0:
-            raise UserError("--examples must be at least 1, and --queries at least 0")
-        if self.seed < 0:
-            raise UserError("--seed must not be negative")
-        from xprompt_jax import XPrompt
-        from xprompt_jax.evaluate.scores import evaluate, lines
-        from xprompt_jax.evaluate.suites import find_records
-
-        suite = self._suite()
-        find_records(suite, self.data)  # missing data is named before the model is loaded
-        if self.examples_from is not None:
-            find_records(suite, self.examples_from, flag="--examples-from")
-        fraction = self.eval_fraction if self.eval_fraction is not None else 0.05 if self.suite == "pairs" else 1.0
-        result = evaluate(
-            XPrompt.from_pretrained(self.model), suite, self.data, self.out, examples_from=self.examples_from, examples=self.examples,
-            per_group=self.queries, eval_fraction=fraction, seed=self.seed, overwrite=self.overwrite, sampling=self.sampling(),
-        )  # fmt: skip
-        print("\n".join(lines(suite, result)))
-        if suite.note:
-            print(f"{suite.name}: {suite.note}")
-        print(f"open {self.out / 'index.html'}")
-
-    def _suite(self) -> Suite:
-        from xprompt_jax.evaluate.suites import get_suite
-
-        return get_suite(self.suite, self.palette)
-
-
-@dataclass
-class MagicBrush(Pairs):
-    """Table 3: photographs edited by instruction, scored by CLIP and DINO; --index retrieves the examples, as the paper does.
-
-    Example: xprompt eval magicbrush --model DIR --data MagicBrush/test --clip clip-vit-base-patch32 --dino dino-vits16 --out scores/edits
-    """
-
-    clip: Path | None = None
-    """Folder of CLIP ViT-B/32 (openai/clip-vit-base-patch32): weights, config.json and the tokenizer's files."""
-    dino: Path | None = None
-    """Folder of DINO ViT-S/16 (facebook/dino-vits16), or Meta's dino_deitsmall16_pretrain.pth."""
-    index: Path | None = None
-    """Index of training pairs (`xprompt index` of a manifest): every turn is drawn from those with the nearest instructions."""
-
-    def _suite(self) -> Suite:
-        from xprompt_jax.evaluate.magicbrush import EditSuite
-
-        suite = super()._suite()
-        assert isinstance(suite, EditSuite)
-        suite = suite.with_encoders(self.clip, self.dino)
-        if self.index is None:
-            return suite
-        if self.examples_from is not None or self.data.is_file():
-            raise UserError("--index takes the place of --examples-from, and works on MagicBrush's test folder; leave one out")
-        from xprompt_jax.data.retrieval import RetrievalIndex
-
-        return suite.with_retrieval(RetrievalIndex.load(self.index), self.examples, self.queries)
-
-
-@dataclass
-class GenEval(SamplingFlags):
+class GenEval(DrawingFlags):
     """Table 1: text to image, judged by an object detector.
 
     With --model it draws what OUT lacks, in the official layout. Then give the detector's verdicts with --results (results.jsonl of the
@@ -143,8 +52,6 @@ class GenEval(SamplingFlags):
     """Images of each prompt; the benchmark has 4."""
     seed: int = 0
     """Of the images."""
-    overwrite: bool = False
-    """Draw again what OUT holds; needed when settings have changed."""
 
     def run(self) -> None:
         """Draws, checks, and scores."""
@@ -157,14 +64,15 @@ class GenEval(SamplingFlags):
             raise UserError("flags of drawing need --model; give it, or leave them out")
         from xprompt_jax.evaluate import geneval
 
-        metadata = geneval.read_metadata(self.data)
+        metadata, shard = geneval.read_metadata(self.data), self.part()
         if self.model:
-            from xprompt_jax import XPrompt
-
-            geneval.draw_prompts(
-                XPrompt.from_pretrained(self.model), metadata, self.out, num_images=self.num_images, seed=self.seed,
-                overwrite=self.overwrite, sampling=self.sampling(),
-            )  # fmt: skip
+            with self.loaded(self.model) as model:
+                geneval.draw_prompts(
+                    model, metadata, self.out, num_images=self.num_images, seed=self.seed, shard=shard, overwrite=self.overwrite,
+                    sampling=self.sampling(),
+                )  # fmt: skip
+        if shard.count > 1 and not geneval.is_complete(self.out, metadata, self.num_images):
+            return tell_waiting(self.out, shard)
         geneval.check_folder(self.out, metadata, self.num_images)
         if self.results is None and self.detections is None:
             print(f"{self.out}: all {len(metadata)} prompts have their {self.num_images} images; run GenEval's evaluate_images.py on it, "
@@ -197,6 +105,8 @@ class Reconstruction:
     """Folder for the results; started again, a run goes on from the images in it."""
     sides: tuple[int, ...] = ()
     """Pixels that images are stretched to; by default the model's and twice that (512 and 1024)."""
+    shard: str = ""
+    """Part of the images to take here, such as 0/4, into the same OUT; the last part to end scores the whole."""
     overwrite: bool = False
     """Forget what OUT holds of other images or another model."""
 
@@ -207,8 +117,12 @@ class Reconstruction:
         from xprompt_jax.data.images import list_images
         from xprompt_jax.evaluate.reconstruction import NOTE, PUBLISHED, lines, reconstruct
 
+        shard = DrawingFlags(shard=self.shard, overwrite=self.overwrite).part()
         list_images(self.data)  # missing data is named before the model is loaded
-        result = reconstruct(load_vqgan(open_source(self.model)), self.data, self.out, sides=self.sides, overwrite=self.overwrite)
+        vqgan = load_vqgan(open_source(self.model))
+        result = reconstruct(vqgan, self.data, self.out, sides=self.sides, shard=shard, overwrite=self.overwrite)
+        if result is None:
+            return tell_waiting(self.out, shard)
         print("\n".join(lines(result)))
         for row, columns in PUBLISHED.items():
             print(f"paper: {row}: {', '.join(f'{name} {value:g}' for name, value in columns.items())}")
@@ -252,9 +166,9 @@ class Recompute:
     examples_from: Path | None = None
     """Where its --examples-from lies now, if elsewhere."""
     clip: Path | None = None
-    """Of magicbrush: the --clip it was scored with."""
+    """Of edited photographs: the --clip they were scored with."""
     dino: Path | None = None
-    """Of magicbrush: the --dino it was scored with."""
+    """Of edited photographs: the --dino they were scored with."""
     index: Path | None = None
     """Of magicbrush: the --index its examples were retrieved from."""
 
@@ -277,9 +191,18 @@ def _subcommands() -> Any:
         )]
         for name, says in PAIR_SUITES.items()
     )  # fmt: skip
-    edits = MagicBrush(suite="magicbrush", model=tyro.MISSING, data=tyro.MISSING, out=tyro.MISSING)
-    suites += (Annotated[MagicBrush, tyro.conf.subcommand("magicbrush", default=edits)],)
-    others = {"geneval": GenEval, "reconstruction": Reconstruction, "compare": Compare, "recompute": Recompute}
+    missing: dict[str, Any] = {"model": tyro.MISSING, "data": tyro.MISSING, "out": tyro.MISSING}
+    suites += tuple(
+        Annotated[MagicBrush, tyro.conf.subcommand(name, default=MagicBrush(suite=name, **missing), description=says)]
+        for name, says in MAGICBRUSH_SUITES.items()
+    )  # fmt: skip
+    suites += tuple(
+        Annotated[Edits, tyro.conf.subcommand(name, default=Edits(suite=name, **missing), description=says)]
+        for name, says in EDIT_SUITES.items()
+    )  # fmt: skip
+    world = World(suite="world", model=tyro.MISSING, out=tyro.MISSING)
+    suites += (Annotated[World, tyro.conf.subcommand("world", default=world)],)
+    others = {"table4": Table4, "geneval": GenEval, "reconstruction": Reconstruction, "compare": Compare, "recompute": Recompute}
     rest = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in others.items())
     kinds: Any = functools.reduce(operator.or_, suites + rest)
     unprefixed: Any = tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes

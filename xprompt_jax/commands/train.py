@@ -50,6 +50,32 @@ class Train:
             print(f"{self.workdir / 'model'}: the trained model")
 
 
+@dataclass
+class Export:
+    """Write a checkpoint of a run as a model folder; the run may still be going on.
+
+    A finished run has its model in WORKDIR/model already.
+
+    Example: xprompt export --workdir runs/debug --out models/debug-500 --step 500
+    """
+
+    workdir: Path
+    """Folder of the run."""
+    out: Path
+    """Folder to write; must not exist."""
+    step: int | None = None
+    """Which checkpoint; without it, the newest."""
+
+    def run(self) -> None:
+        """Writes the folder."""
+        if self.out.exists():
+            raise UserError(f"--out {self.out}: exists already; choose another folder")
+        from xprompt_jax.runner import export_checkpoint
+
+        step = export_checkpoint(self.workdir, self.out, step=self.step)
+        print(f"{self.out}: step {step} of {self.workdir}")
+
+
 def load_config(path: Path) -> Config:
     """A configuration from a Python file (`config = Config(...)`) or a JSON file.
 

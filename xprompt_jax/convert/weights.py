@@ -17,11 +17,11 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from xprompt_jax.config import ModelConfig, VQConfig
 from xprompt_jax.errors import UserError
-from xprompt_jax.mesh import sharding_for, whole_array
+from xprompt_jax.mesh import place, sharding_for, whole_array
 from xprompt_jax.model.chameleon import Chameleon, abstract_model
 from xprompt_jax.model.params import flatten, layer_shapes, logical_axes, per_layer, stacked, unflatten
 from xprompt_jax.model.vqgan import VQGAN
@@ -128,17 +128,12 @@ def load_decoder(source: Source, *, dtype, mesh: Mesh | None = None) -> Chameleo
     model = abstract_model(source.config, dtype)
     placed: dict[str, jax.Array] = {}
 
-    def put(name: str, value: np.ndarray, axes: Sequence[str | None]) -> jax.Array:
-        value = value.astype(dtype)
-        sharding = SingleDeviceSharding(jax.devices()[0]) if mesh is None else sharding_for(mesh, axes, value.shape)
-        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
-
     for name in (n for n in flatten(model) if not n.startswith("blocks.")):
-        placed[name] = put(name, source.read(name), logical_axes(name))
+        placed[name] = place(source.read(name).astype(dtype), logical_axes(name), mesh)
     blocks = {n: p for n, p in flatten(model).items() if n.startswith("blocks.")}
     for layer in range(source.config.num_layers):
         for name, target in blocks.items():
-            value = put(name, source.read(per_layer(name, layer)), logical_axes(name)[1:])
+            value = place(source.read(per_layer(name, layer)).astype(dtype), logical_axes(name)[1:], mesh)
             if layer == 0:
                 sharding = None if mesh is None else sharding_for(mesh, logical_axes(name), target.shape)
                 placed[name] = jnp.zeros(target.shape, dtype, device=sharding)

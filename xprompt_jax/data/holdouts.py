@@ -17,10 +17,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
 
 from xprompt_jax.config import Holdout
 from xprompt_jax.data.palettes import HELD_OUT
+
+if TYPE_CHECKING:
+    from xprompt_jax.data.store import Categories, Pairs
 
 TASKS: dict[Holdout, frozenset[str]] = {
     "derain": frozenset({"derain"}),
@@ -45,7 +50,7 @@ _NOT_AN_OBJECT = re.compile(rf"\b(?:{_LOOKS})\W*$", re.IGNORECASE)
 
 
 class Judged(Protocol):
-    """What a holdout looks at: `sources.Record` or `tokenise.Pair`."""
+    """What a holdout looks at: `sources.Record` or `store.Pair`."""
 
     @property
     def task(self) -> str:
@@ -82,6 +87,26 @@ def held_directions(pair: Judged, holdouts: Collection[Holdout], *, strict: bool
         return True, True
     forward = any(pair.task in TASKS[name] for name in holdouts)
     return forward, forward and strict
+
+
+def held(pairs: Pairs, holdouts: Collection[Holdout], *, strict: bool = False) -> np.ndarray:
+    """`held_directions` of a whole table of pairs: bool [pairs, 2].
+
+    Instructions are read of those edits alone that no judge was asked about.
+    """
+    forward = _among(pairs.task, {task for name in holdouts for task in TASKS[name]})
+    both = np.zeros(len(pairs), bool)
+    if "add_remove" in holdouts:
+        edits = _among(pairs.task, {EDITS})
+        both = _among(pairs.task, TASKS["add_remove"]) | (edits & _among(pairs.holdout, {"yes"}))
+        for i in np.flatnonzero(edits & _among(pairs.holdout, {""})):
+            both[i] = bool(addition_or_removal(pairs.text("instruction", int(i))))
+    return np.stack([forward | both, (forward & strict) | both], 1)
+
+
+def _among(column: Categories, names: Collection[str]) -> np.ndarray:
+    """Which pairs have one of these names in a column: bool [pairs]."""
+    return np.array([name in names for name in column.names], bool)[column.codes]
 
 
 def adds_or_removes(pair: Judged) -> bool:

@@ -4,7 +4,11 @@ The paper uses CLIP B/32 text features (`vision.clip.CLIP` is such an encoder) a
 here needs no weights: it hashes words and letter triples, so that instructions that share words come close. Neighbours are exact,
 in slices of the keys.
 
-    manifest or token store --build_index--> RetrievalIndex --save--> a file --load--> .neighbours for training, .retrieve for editing
+    manifest or token store --build_index--> RetrievalIndex --save--> a folder --load--> .neighbours for training, .retrieve for editing
+
+    edits.index/
+      neighbours.parquet   {row, neighbour, cosine}: int32, int32, float32; by row, nearest first
+      index.safetensors    features of the distinct instructions, and which of them each pair has; what it was made of
 
 An index knows its encoder by name, and texts are compared with it through the same one only.
 """
@@ -18,20 +22,22 @@ import itertools
 import os
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 
 from xprompt_jax.data import sources
-from xprompt_jax.data.tokenise import Store
+from xprompt_jax.data.store import Store
 from xprompt_jax.errors import UserError
-from xprompt_jax.files import read_tensors, write_tensors
+from xprompt_jax.files import atomic_path, read_tensors, write_tensors
 
-FORMAT = "xprompt-index-2"
+FORMAT = "xprompt-index-3"
 HASHED = "hashed-ngram-"
 QUERIES_AT_ONCE = 1024
 
@@ -56,11 +62,14 @@ class HashedNgramEncoder:
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [n, dim], rows of length 1 (0 for a text without letters or digits)."""
         out = np.zeros((len(texts), self.dim), np.float32)
-        for row, text in enumerate(texts):
+        known: dict[str, tuple[int, int]] = {}  # the same few features come again and again
+        for row, text in zip(out, texts, strict=True):
             for feature, weight in self._features(text):
-                digest = hashlib.blake2b(feature.encode(), digest_size=8).digest()
-                number = int.from_bytes(digest, "big")
-                out[row, number % self.dim] += weight if number >> 63 else -weight  # signs keep collisions unbiased
+                if feature not in known:
+                    number = int.from_bytes(hashlib.blake2b(feature.encode(), digest_size=8).digest(), "big")
+                    known[feature] = number % self.dim, 1 if number >> 63 else -1  # signs keep collisions unbiased
+                column, sign = known[feature]
+                row[column] += sign * weight
         return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)
 
     @staticmethod
@@ -85,24 +94,34 @@ def neighbours(
       queries: float32 [q, d], unit rows.
       keys: float32 [n, d], unit rows.
       query_groups, key_groups: int [q], [n]; a key of the query's own group is never returned (its own row, its session).
-      chunk: keys looked at at once; bounds memory at q x chunk floats.
+      chunk: keys looked at at once; bounds memory at QUERIES_AT_ONCE x chunk floats, beside the keys themselves.
 
     Returns:
-      indices int [q, k] and cosines float32 [q, k], best first; ties go to the lowest index. Where fewer than k keys may
+      indices int32 [q, k] and cosines float32 [q, k], best first; ties go to the lowest index. Where fewer than k keys may
       be returned, the index is -1 and the cosine -inf.
     """
     if query_groups is None or key_groups is None:
         query_groups, key_groups = np.full(len(queries), -1), np.zeros(len(keys), int)
-    best = jnp.full((len(queries), k), -jnp.inf)
-    index = jnp.full((len(queries), k), -1)
-    for start in range(0, len(keys), chunk):
-        part = keys[start : start + chunk]
-        pad = min(chunk, len(keys)) - len(part)  # one shape, one compilation
-        scored = np.pad(part, ((0, pad), (0, 0)))
-        valid = np.arange(len(scored)) < len(part)
-        groups = np.pad(key_groups[start : start + chunk], (0, pad))
-        best, index = _merge(best, index, queries, query_groups, scored, groups, valid, start, k)
-    return np.asarray(index), np.asarray(best)
+    chunk, at_once = min(chunk, len(keys)), min(QUERIES_AT_ONCE, len(queries))  # one shape each, one compilation
+    # On the device once, for all queries.
+    parts = [
+        (jnp.asarray(_padded(keys[start : start + chunk], chunk)), jnp.asarray(_padded(key_groups[start : start + chunk], chunk)),
+         np.arange(chunk) < len(keys) - start, start)
+        for start in range(0, len(keys), chunk)
+    ]  # fmt: skip
+    found, cosines = np.empty((len(queries), k), np.int32), np.empty((len(queries), k), np.float32)
+    for first in range(0, len(queries), at_once):
+        rows = slice(first, min(first + at_once, len(queries)))
+        asked, groups = (jnp.asarray(_padded(values[rows], at_once)) for values in (queries, query_groups))
+        best, index = jnp.full((at_once, k), -jnp.inf), jnp.full((at_once, k), -1)
+        for part, part_groups, valid, start in parts:
+            best, index = _merge(best, index, asked, groups, part, part_groups, valid, start, k)
+        found[rows], cosines[rows] = (np.asarray(values)[: rows.stop - first] for values in (index, best))
+    return found, cosines
+
+
+def _padded(values: np.ndarray, length: int) -> np.ndarray:
+    return np.pad(values, [(0, length - len(values))] + [(0, 0)] * (values.ndim - 1))
 
 
 @functools.partial(jax.jit, static_argnames="k")
@@ -142,28 +161,40 @@ class RetrievalIndex:
     """Name of the encoder that made `features`."""
 
     def save(self, path: str | Path) -> None:
-        """Writes the file (safetensors), whole or not at all; it names its source relative to itself."""
+        """Writes the folder, whole or not at all; it names its source relative to where it lies."""
         path = Path(path)
         header = {
-            "encoder": self.encoder, "fingerprint": self.fingerprint, "rows": self.rows,
+            "encoder": self.encoder, "fingerprint": self.fingerprint, "rows": self.rows, "neighbours": str(self.neighbours.shape[1]),
             "source": os.path.relpath(self.source.resolve(), path.resolve().parent),
         }  # fmt: skip
-        tensors = {name: getattr(self, name) for name in ("features", "instructions", "neighbours", "cosines")}
-        write_tensors(path, FORMAT, tensors, header)
+        row, place = np.nonzero(self.neighbours >= 0)
+        columns = {"row": row.astype(np.int32), "neighbour": self.neighbours[row, place], "cosine": self.cosines[row, place]}
+        with atomic_path(path) as temporary:
+            temporary.mkdir()
+            pa.parquet.write_table(pa.table(columns), temporary / "neighbours.parquet")
+            write_tensors(temporary / "index.safetensors", FORMAT, {n: getattr(self, n) for n in ("features", "instructions")}, header)
 
     @classmethod
     def load(cls, path: str | Path) -> RetrievalIndex:
-        """Reads the file.
+        """Reads the folder.
 
         Raises:
           UserError: it is missing, damaged or no index, or its source is gone or has changed since.
         """
         path = Path(path)
-        tensors, header = read_tensors(path, FORMAT, "index", "xprompt index")
+        if not path.exists():
+            raise UserError(f"{path}: no such file; make it with `xprompt index`")
+        if path.is_file():
+            raise UserError(f"{path}: no index of format {FORMAT}, which is a folder; make it again with `xprompt index`")
+        tensors, header = read_tensors(path / "index.safetensors", FORMAT, "index", "xprompt index")
+        near, cosines = _read_table(path / "neighbours.parquet", len(tensors["instructions"]), int(header["neighbours"]))
         source = path.parent / header["source"]
         if _fingerprint(source) != header["fingerprint"]:
             raise UserError(f"{source}: has changed since {path} was made; run `xprompt index` again")
-        return cls(**tensors, source=source, fingerprint=header["fingerprint"], rows=header["rows"], encoder=header["encoder"])
+        return cls(
+            **tensors, neighbours=near, cosines=cosines, source=source, fingerprint=header["fingerprint"], rows=header["rows"],
+            encoder=header["encoder"],
+        )  # fmt: skip
 
     def neighbours_in(self, store: Store) -> np.ndarray:
         """`neighbours` as pairs of a token store.
@@ -171,7 +202,8 @@ class RetrievalIndex:
         Raises:
           UserError: the store has other pairs than the index.
         """
-        if _rows_fingerprint(store.pairs) != self.rows:
+        own = self.source.is_dir() and self.source.resolve() == store.folder.resolve()  # `load` has seen that it is as it was
+        if not own and _rows_fingerprint(_Told.of_store(store)) != self.rows:
             raise UserError(
                 f"the index of {self.source} and the token store have other pairs; index the store: `xprompt index --data STORE`"
             )
@@ -225,58 +257,102 @@ def build_index(data: str | Path, *, k: int, eval_fraction: float = 0.0, seed: i
       UserError: the data cannot be read, or has no training pair.
     """
     data = Path(data)
-    rows: list = list(Store.open(data).pairs) if data.is_dir() else list(sources.manifest(data, eval_fraction=eval_fraction))
-    training = [i for i, row in enumerate(rows) if _can_be_shown(row)]
-    if not training:
+    rows = _Told.of_store(Store.open(data)) if data.is_dir() else _Told.of_records(sources.manifest(data, eval_fraction=eval_fraction))
+    training = rows.can_be_shown()
+    if not len(training):
         raise UserError(f"{data}: no training pair to retrieve")
-    sessions = _sessions([(row.input, row.output, *row.more_inputs) for row in rows])
-    texts = list(dict.fromkeys(rows[i].instruction for i in training))
+    sessions = _sessions(rows.images)
+    texts = list(dict.fromkeys(rows.instructions[i] for i in training))
     number = {text: i for i, text in enumerate(texts)}
     having: dict[int, list[int]] = defaultdict(list)
     for i in training:
-        having[number[rows[i].instruction]].append(i)
+        having[number[rows.instructions[i]]].append(i)
 
     encoder = encoder or HashedNgramEncoder()
     features = encoder(texts)
-    asked = list(dict.fromkeys(row.instruction for row in rows))
+    others = [text for text in dict.fromkeys(rows.instructions) if text not in number]
     # A text counts for nothing only if all its pairs are of the row's own session; so many texts more make k pairs certain.
     own: dict[int, set[str]] = defaultdict(set)
     for i in training:
-        own[sessions[i]].add(rows[i].instruction)
+        own[sessions[i]].add(rows.instructions[i])
     wide = min(len(texts), k + max(map(len, own.values())))
-    near: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for start in range(0, len(asked), QUERIES_AT_ONCE):
-        part = asked[start : start + QUERIES_AT_ONCE]
-        near.update(zip(part, zip(*neighbours(encoder(part), features, wide), strict=True), strict=True))
+    queries = features if not others else np.concatenate([features, encoder(others)])
+    near, scores = neighbours(queries, features, wide)
+    place = {text: i for i, text in enumerate([*texts, *others])}
 
-    found, cosines = np.full((len(rows), k), -1, np.int32), np.full((len(rows), k), -np.inf, np.float32)
-    for i, row in enumerate(rows):
-        rng = np.random.default_rng([seed, i])
+    found, cosines = np.full((len(rows.splits), k), -1, np.int32), np.full((len(rows.splits), k), -np.inf, np.float32)
+    for i, instruction in enumerate(rows.instructions):
         chosen: list[tuple[int, float]] = []
-        for text, cosine in zip(*near[row.instruction], strict=True):
-            chosen += [(j, cosine) for j in _draw(having[int(text)], k - len(chosen), sessions, sessions[i], rng)]
+        asked = place[instruction]
+        for text, cosine in zip(near[asked].tolist(), scores[asked].tolist(), strict=True):
+            chosen += [(j, cosine) for j in _draw(having[text], k - len(chosen), sessions, sessions[i], (seed, i, text))]
             if len(chosen) == k:
                 break
-        for place, (j, cosine) in enumerate(chosen):
-            found[i, place], cosines[i, place] = j, cosine
-    held = np.array([number[row.instruction] if _can_be_shown(row) else -1 for row in rows], np.int32)
+        for rank, (j, cosine) in enumerate(chosen):
+            found[i, rank], cosines[i, rank] = j, cosine
+    held = np.full(len(rows.splits), -1, np.int32)
+    held[training] = [number[rows.instructions[i]] for i in training]
     return RetrievalIndex(features, held, found, cosines, data, _fingerprint(data), _rows_fingerprint(rows), encoder.name)
 
 
-def _draw(rows: list[int], count: int, sessions: Sequence[int], own: int, rng: np.random.Generator) -> list[int]:
+@dataclasses.dataclass(frozen=True)
+class _Told:
+    """What an index asks of the pairs: a list for each question, with an entry for each pair."""
+
+    instructions: list[str]
+    splits: list[str]
+    images: list[tuple[Hashable, ...]]
+
+    @classmethod
+    def of_store(cls, store: Store) -> _Told:
+        pairs = store.pairs
+        pictures = store.pictures()
+        images: list[tuple[Hashable, ...]] = list(zip(pictures[pairs.input].tolist(), pictures[pairs.output].tolist(), strict=True))
+        for i in np.flatnonzero(pairs.has_more):
+            images[i] += tuple(pictures[list(pairs[int(i)].more_inputs)].tolist())
+        splits = [pairs.split.names[code] for code in pairs.split.codes]
+        return cls([pairs.text("instruction", i) for i in range(len(pairs))], splits, images)
+
+    @classmethod
+    def of_records(cls, records: Iterable[sources.Record]) -> _Told:
+        found = [(r.instruction, r.split, (r.input, r.output, *r.more_inputs)) for r in records]
+        return cls(*map(list, zip(*found, strict=True))) if found else cls([], [], [])
+
+    def can_be_shown(self) -> np.ndarray:
+        """Numbers of the pairs that can be examples: training pairs of one image to one image that say what they do."""
+        every = enumerate(zip(self.instructions, self.splits, self.images, strict=True))
+        return np.array([i for i, (text, split, images) in every if split == "train" and text and len(images) == 2], int)
+
+
+def _read_table(path: Path, rows: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """neighbours.parquet as int32 and float32 [rows, k], with -1 and -inf where there are fewer."""
+    try:
+        table = pa.parquet.read_table(path, columns=["row", "neighbour", "cosine"])
+    except (OSError, pa.ArrowException) as e:
+        told = str(e).splitlines()[0]
+        raise UserError(f"{path}: not a readable table of neighbours ({told}); make it again with `xprompt index`") from None
+    row, neighbour, cosine = (table.column(name).to_numpy() for name in ("row", "neighbour", "cosine"))
+    place = np.arange(len(row)) - np.searchsorted(row, row)  # rows stand together, in order
+    inside = [(values >= 0) & (values < most) for values, most in ((row, rows), (neighbour, rows), (place, k))]
+    if (np.diff(row) < 0).any() or not np.all(inside):
+        raise UserError(f"{path}: damaged; make it again with `xprompt index`")
+    found, cosines = np.full((rows, k), -1, np.int32), np.full((rows, k), -np.inf, np.float32)
+    found[row, place], cosines[row, place] = neighbour, cosine
+    return found, cosines
+
+
+def _draw(rows: list[int], count: int, sessions: Sequence[int], own: int, seed: tuple[int, int, int]) -> list[int]:
     """At most `count` of `rows` in random order, none of the session `own`."""
+    if len(rows) == 1:  # most instructions come once; a generator costs more than all the rest
+        return [j for j in rows if sessions[j] != own]
+    rng = np.random.default_rng(seed)
     found: list[int] = []
     for tried in (min(len(rows), 4 * count), len(rows)):  # a few are nearly always enough
         order = rng.choice(len(rows), tried, replace=False)
         found = list(itertools.islice((rows[j] for j in order if sessions[rows[j]] != own), count))
-        if len(found) == count:
+        if len(found) == count or tried == len(rows):
             break
     return found
-
-
-def _can_be_shown(row: Any) -> bool:
-    """Whether a pair can be an example: a training pair of one image to one image that says what it does."""
-    return row.split == "train" and bool(row.instruction) and not row.more_inputs
 
 
 def _sessions(rows: Sequence[tuple[Hashable, ...]]) -> list[int]:
@@ -303,16 +379,16 @@ def _fingerprint(source: Path) -> str:
     Raises:
       UserError: it cannot be read.
     """
-    table = source / "pairs.jsonl" if source.is_dir() else source
+    table = source / "store.json" if source.is_dir() else source
     try:
         return hashlib.sha256(table.read_bytes()).hexdigest()[:16]
     except OSError as e:
         raise UserError(f"{table}: cannot read: {e.strerror}; the index belongs to it") from None
 
 
-def _rows_fingerprint(rows: Sequence) -> str:
+def _rows_fingerprint(rows: _Told) -> str:
     """16 hex digits over the instruction and the split of every row."""
     digest = hashlib.sha256()
-    for row in rows:
-        digest.update(f"{row.split}\t{row.instruction}\n".encode())
+    for split, instruction in zip(rows.splits, rows.instructions, strict=True):
+        digest.update(f"{split}\t{instruction}\n".encode())
     return digest.hexdigest()[:16]

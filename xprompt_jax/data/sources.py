@@ -18,6 +18,7 @@ import numpy as np
 
 from xprompt_jax.data.images import list_images, open_image, resize_center_crop
 from xprompt_jax.data.readers.manifest import Manifest
+from xprompt_jax.data.readers.strings import position
 from xprompt_jax.errors import UserError
 
 
@@ -45,6 +46,8 @@ class Record:
     """The output's colours stand for numbers: it is resized by the nearest pixel, never mixed."""
     holdout: str = ""
     """Whether the instruction adds or removes an object, as a judge answered: "yes", "no", or "" if nobody was asked."""
+    dataset: str = ""
+    """Name of the dataset it came from, or ""."""
 
 
 def held_out(key: str, fraction: float) -> str:
@@ -79,6 +82,20 @@ def paired_folders(
         )  # fmt: skip
 
 
+class ManifestRecords(Sequence[Record]):
+    """What `manifest` reads, by number."""
+
+    def __init__(self, path: str | Path, *, eval_fraction: float = 0.0):
+        self._rows, self._eval_fraction = Manifest(path), eval_fraction
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i):
+        i = position(i, len(self))
+        return manifest_record(self._rows[i], self._rows.path, int(self._rows.lines[i]), self._eval_fraction)
+
+
 def manifest(path: str | Path, *, eval_fraction: float = 0.0) -> Iterator[Record]:
     """A JSONL file, one pair a line: {"input": ..., "output": ..., "instruction": ...}, and any other field of `Record`.
 
@@ -87,9 +104,7 @@ def manifest(path: str | Path, *, eval_fraction: float = 0.0) -> Iterator[Record
     Raises:
       UserError: naming the file and line of what cannot be used.
     """
-    rows = Manifest(path)
-    for row, number in zip(rows, rows.lines, strict=True):
-        yield manifest_record(row, rows.path, int(number), eval_fraction)
+    yield from ManifestRecords(path, eval_fraction=eval_fraction)
 
 
 def manifest_record(row: Mapping[str, Any], path: Path, number: int, eval_fraction: float = 0.0) -> Record:

@@ -1,236 +1,381 @@
-"""The token store: every image turned into codes once, and the tables that refer to them.
+"""From records to a token store: every image encoded once, by a job that may be stopped at any time and cut into parts.
 
-    store/
-      store.json     format, grid, image size, recipe, fingerprint of the VQGAN, counts
-      codes.npy      uint16 [images, rows, columns], memory-mapped: an image is 2 KB
-      pairs.jsonl    one pair a line: record numbers of its images, texts, task, group, split
-      holdouts.jsonl edits alone: whether they add or remove an object, by our keyword rule and by a judge who was asked
-      tokenizers/    the VQGAN that made the codes, and the text tokenizer that goes with it
+    records ─▶ decoded, cropped by threads ─▶ address known? ─no─▶ batch ─▶ VQGAN ─▶ codes
+                                                   └─yes─▶ its number                └─▶ OUT.partial ─▶ OUT
 
-Images are content-addressed: one that serves as input, output, example and query, forwards and backwards, is encoded and
-stored once. Reversing and describing cost no storage at all; the pipeline composes them.
+A job writes OUT.partial, a journal that only grows; the same command goes on where the last one stopped and ends with the
+same bytes. Images are numbered as they first appear and encoded in batches of consecutive numbers, so that nothing depends
+on where a stop fell. Parts of contiguous records (`shard`), joined in order, are the store of one whole job.
+
+Of every image the centre is stored, and with `crops` further windows, the same of all images of a pair (data/crops.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
+import logging
+import os
 import shutil
-from collections.abc import Iterable, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+import PIL.Image
+import pyarrow as pa
 from tqdm import tqdm
 
 from xprompt_jax.convert.native import save_tokenizers
-from xprompt_jax.data.holdouts import EDITS, addition_or_removal
+from xprompt_jax.data.crops import MAX_CROPS, crop_windows, cut
 from xprompt_jax.data.images import Recipe, open_image, resize_center_crop, to_pixels
+from xprompt_jax.data.journal import Journal
 from xprompt_jax.data.sources import Record
+from xprompt_jax.data.store import (
+    ADDRESS_BYTES,
+    CATEGORIES,
+    ROWS,
+    TEXTS,
+    Encoding,
+    Store,
+    StoreWriter,
+    TokenCounter,
+    vqgan_fingerprint,
+)
 from xprompt_jax.errors import UserError
-from xprompt_jax.files import atomic_path
-from xprompt_jax.model.params import flatten
+from xprompt_jax.files import atomic_path, read_json_lines
 from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.tokens import Tokenizer
 
-FORMAT = "xprompt-tokens-1"
+log = logging.getLogger(__name__)
 
+_DECODERS = min(16, os.cpu_count() or 1)
+"""Threads that decode images ahead of the VQGAN."""
 
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """One line of pairs.jsonl; `input` and `output` are rows of codes.npy."""
-
-    input: int
-    output: int
-    instruction: str
-    reverse_instruction: str
-    description: str
-    reverse_description: str
-    task: str
-    group: str
-    caption: str
-    split: str
-    more_inputs: tuple[int, ...] = ()
-    holdout: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Store:
-    """A token store, opened."""
-
-    codes: np.ndarray
-    """uint16 [images, rows, columns]."""
-    pairs: tuple[Pair, ...]
-    vqgan: str
-    """Fingerprint of the VQGAN that made the codes."""
-
-    @classmethod
-    def open(cls, folder: str | Path, *, vqgan: VQGAN | None = None) -> Store:
-        """Opens a store; with a VQGAN, refuses codes that another one made.
-
-        Raises:
-          UserError: no store, an older format, a missing file, or another VQGAN's codes.
-        """
-        folder = Path(folder)
-        try:
-            header = json.loads((folder / "store.json").read_text())
-            lines = (folder / "pairs.jsonl").read_text(encoding="utf-8").split("\n")[:-1]  # JSON may hold other ends of lines
-            codes = np.load(folder / "codes.npy", mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as e:
-            raise UserError(f"{folder}: not a complete token store ({e}); make it with `xprompt tokenize`") from None
-        if header.get("format") != FORMAT or len(lines) != header["pairs"] or len(codes) != header["images"]:
-            raise UserError(f"{folder}: not a token store of format {FORMAT}, or damaged; make it again with `xprompt tokenize`")
-        if vqgan is not None and vqgan_fingerprint(vqgan) != header["vqgan"]:
-            raise UserError(f"{folder}: made by another image tokenizer ({header['vqgan']}); tokenize again with this model")
-        return cls(codes, tuple(_pair(json.loads(line)) for line in lines), header["vqgan"])
-
-
-def _pair(row: dict[str, Any]) -> Pair:
-    return Pair(**{**row, "more_inputs": tuple(row.get("more_inputs", ()))})
-
-
-def vqgan_fingerprint(vqgan: VQGAN) -> str:
-    """16 hex digits of SHA-256 over all weights."""
-    digest = hashlib.sha256()
-    for name, value in sorted(flatten(vqgan).items()):
-        digest.update(name.encode() + np.asarray(value).tobytes())
-    return digest.hexdigest()[:16]
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 def tokenize(
     records: Iterable[Record], vqgan: VQGAN, tokenizer: Tokenizer, out: str | Path,
-    *, batch: int = 32, recipe: Recipe = "meta", total: int | None = None, progress: bool = True,
+    *, batch: int = 32, recipe: Recipe = "meta", crops: int = 1, shard: tuple[int, int] = (0, 1), max_corrupt: float = 0.01,
+    job: Mapping[str, Any] | None = None, total: int | None = None, progress: bool = True,
 ) -> Store:  # fmt: skip
     """Encodes all images of `records` into a store, which appears whole or not at all.
 
+    A job that ended early left OUT.partial; the same call goes on from there if it says what its job is.
+
     Args:
-      records: pairs; images are resized and centre-cropped to the VQGAN's size.
+      records: pairs. A sequence is read by number; anything else is read from its start again after a stop.
       vqgan: the image tokenizer.
-      tokenizer: the text tokenizer; texts are stored as text, and it only travels along.
+      tokenizer: the text tokenizer; texts are stored as text, and it counts their tokens.
       out: folder; an existing store there is replaced.
       batch: images encoded at once.
       recipe: of preprocessing, Meta's or Hugging Face's (data/images.py); sampling must use the same.
-      total: number of records, for the progress bar.
+      crops: of every image, 1 to 4: the centre, and windows that all images of a pair share.
+      shard: (i, n): the i-th of n parts of a sequence, from 0; joined in order by `merge`, they are the whole.
+      max_corrupt: how many pairs may be unreadable: below 1 a fraction of all, else a number. They are left out and listed in
+        skipped.jsonl. Where nobody knows how many records there are, the fraction is of those read so far.
+      job: what the records come from, in JSON's types: a stopped job goes on only if it is the same. None: nobody can tell, so that
+        what a stopped job left is thrown away.
+      total: number of records, where they have no length.
 
     Raises:
-      UserError: an image cannot be read, there are no records, or the folder cannot be written.
+      UserError: there are no records, too many cannot be read, OUT.partial is of another job, or a place cannot be written.
     """
-    size, known = vqgan.config.image_size, dict[bytes, int]()
-    encode = jax.jit(lambda model, pixels: model.encode(pixels))
-    waiting: list[np.ndarray] = []
+    out = Path(out)
+    if not 1 <= crops <= MAX_CROPS:
+        raise UserError(f"--crops {crops}: must be 1 to {MAX_CROPS}")
+    _check_place(out)
+    encoding = Encoding(vqgan_fingerprint(vqgan), tokenizer.fingerprint, recipe, crops, vqgan.config.image_size, vqgan.config.grid)
+    index, parts = shard
+    first = 0
+    if isinstance(records, Sequence):
+        first, last = (len(records) * i // parts for i in (index, index + 1))
+        total = last - first
+    elif parts > 1:
+        raise UserError("--shard works on pairs that can be counted; leave it out")
+    identity = {**dataclasses.asdict(encoding), "shard": f"{index}/{parts}", "records": total, **(job or {})}
+    read, partial = _Reader(encoding, TokenCounter(tokenizer)), out.with_name(out.name + ".partial")
+    if job is None:
+        shutil.rmtree(partial, ignore_errors=True)
 
-    def flush(codes: Codes) -> None:
-        if waiting:
-            pixels = np.stack(waiting + [waiting[-1]] * (batch - len(waiting)))
-            codes.append(np.asarray(encode(vqgan, to_pixels(pixels, recipe)))[: len(waiting)].astype(np.uint16))
-            waiting.clear()
-
-    def number(codes: Codes, image: Any, exact: bool = False) -> int:
-        pixels = resize_center_crop(open_image(image, recipe), size, recipe, exact=exact)
-        key = hashlib.sha256(pixels.tobytes()).digest()
-        if key not in known:
-            known[key] = len(known)
-            waiting.append(pixels)
-            if len(waiting) == batch:
-                flush(codes)
-        return known[key]
-
-    fingerprint = vqgan_fingerprint(vqgan)
-    with atomic_path(out) as temporary:
-        temporary.mkdir()
-        count = 0
-        with (
-            Codes(temporary / "codes.npy", vqgan.config.grid) as codes,
-            (temporary / "pairs.jsonl").open("w", encoding="utf-8") as f,
-            (temporary / "holdouts.jsonl").open("w", encoding="utf-8") as judged,
-        ):
-            for record in tqdm(records, total=total, unit="pair", desc="tokenizing", disable=not progress):
-                fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(Pair)}
-                images = {
-                    "input": number(codes, record.input),
-                    "output": number(codes, record.output, record.exact),
-                    "more_inputs": tuple(number(codes, image) for image in record.more_inputs),
-                }
-                f.write(json.dumps(dataclasses.asdict(Pair(**fields | images)), ensure_ascii=False) + "\n")
-                if record.task == EDITS:
-                    said = {"keyword": addition_or_removal(record.instruction), "judge": record.holdout}
-                    judged.write(json.dumps({"pair": count, **said, "instruction": record.instruction}, ensure_ascii=False) + "\n")
-                count += 1
-            flush(codes)
-        if not count:
-            raise UserError(f"{out}: nothing to tokenize: the source has no pairs")
-        header = {
-            "format": FORMAT, "vqgan": fingerprint, "recipe": recipe, "image_size": size, "grid": vqgan.config.grid,
-            "images": len(known), "pairs": count,
-        }  # fmt: skip
-        save_tokenizers(temporary / "tokenizers", vqgan, tokenizer)
-        (temporary / "store.json").write_text(json.dumps(header, indent=2))
+    with Journal(partial, identity) as journal:
+        start = time.monotonic()
+        encoder = _Encoder(journal, vqgan, batch, encoding)
+        before = journal.images
+        bar = tqdm(total=total, initial=journal.done, unit="pair", desc="tokenizing", disable=not progress)
+        rate = lambda: (journal.images - before) / max(time.monotonic() - start, 1e-9)
+        with bar:
+            for number, found in _ahead(read, _numbered(records, first, total, journal.done)):
+                if isinstance(found, _Corrupt):
+                    seen = total if total is not None else number + 1
+                    if encoder.skipped + 1 > (max_corrupt * seen if max_corrupt < 1 else max_corrupt):
+                        encoder.pause()
+                        raise UserError(
+                            f"{found.reason}; {encoder.skipped + 1} of {seen} pairs cannot be read, more than "
+                            f"--max-corrupt {max_corrupt:g}; repair them or raise it, the same command then goes on"
+                        )
+                encoder.add(number, number - first + 1, found)
+                bar.update()
+                bar.set_postfix_str(f"{rate():.1f} images/s", refresh=False)
+            encoder.finish()
+        if not journal.images:
+            raise UserError(f"{out}: nothing to tokenize: the source has no pairs" + (" that can be read" if encoder.skipped else ""))
+        images, skipped, speed = journal.images, encoder.skipped, rate()
+        with journal.finished(out) as folder:
+            pairs = _write_store(journal, folder, encoding)
+            save_tokenizers(folder / "tokenizers", vqgan, tokenizer)
+    log.info("%s: %d images, %d pairs, %d skipped, %.1f images/s", out, images, pairs, skipped, speed)
     return Store.open(out)
+
+
+def _check_place(out: Path) -> None:
+    """A folder that is replaced must be one of ours."""
+    if out.exists() and not (out / "store.json").exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: there already, and not a token store; choose another place")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """A record, read."""
+
+    row: dict[str, Any]
+    """What pairs.jsonl says of it, but for its images."""
+    images: list[tuple[bytes, np.ndarray]]
+    """Of input, output and further inputs, the address and the pixels, uint8 [crops, size, size, 3]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Corrupt:
+    """A record that cannot be read."""
+
+    dataset: str
+    image: str
+    """Which one: input, output, or the number of a further input; empty: the record itself."""
+    file: str
+    reason: str
+
+
+def _numbered(records: Iterable[Record], first: int, total: int | None, done: int) -> Iterator[tuple[int, Record | UserError]]:
+    """Records with their numbers, from the first that is not done."""
+    if not isinstance(records, Sequence):
+        yield from islice(enumerate(records), done, None)
+        return
+    for number in range(first + done, first + (total or 0)):
+        try:
+            yield number, records[number]
+        except UserError as e:
+            yield number, e
+
+
+def _ahead(function: Callable[[T], U], numbered: Iterable[tuple[int, T]]) -> Iterator[tuple[int, U]]:
+    """The function's results in order; threads work ahead of them."""
+    pool = ThreadPoolExecutor(_DECODERS)
+    waiting: deque[tuple[int, Future[U]]] = deque()
+    try:
+        for number, item in numbered:
+            waiting.append((number, pool.submit(function, item)))
+            if len(waiting) > 2 * _DECODERS:
+                number, future = waiting.popleft()
+                yield number, future.result()
+        for number, future in waiting:
+            yield number, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _Reader:
+    """From a record to pixels, addresses and words."""
+
+    def __init__(self, encoding: Encoding, count: TokenCounter):
+        self._encoding, self._count = encoding, count
+        self._salt = f"{encoding.vqgan} {encoding.recipe} {encoding.crops} ".encode()
+
+    def __call__(self, record: Record | UserError) -> _Found | _Corrupt:
+        if isinstance(record, UserError):
+            return _Corrupt("", "", "", str(record))
+        words = {name: getattr(record, name) for name in (*CATEGORIES, *TEXTS)}
+        for name, text in words.items():
+            try:
+                text.encode()
+            except (AttributeError, UnicodeEncodeError):
+                return _Corrupt(record.dataset, "", "", f"{name} is no text: {text!r}")
+        images: list[tuple[bytes, np.ndarray]] = []
+        windows: list[tuple[float, float, float]] = []
+        more = {f"input {i}": image for i, image in enumerate(record.more_inputs, 2)}
+        for name, image in {"input": record.input, "output": record.output, **more}.items():
+            if name == "output" and image is record.input and not record.exact:
+                images.append(images[0])
+                continue
+            try:
+                opened = open_image(image, self._encoding.recipe)
+                if name == "input":
+                    windows = crop_windows(opened, self._encoding.crops)
+                pixels = self._cut(opened, windows, exact=record.exact and name == "output")
+            except UserError as e:
+                file = str(image) if isinstance(image, str | os.PathLike) else ""
+                return _Corrupt(record.dataset, name, file, str(e))
+            images.append((self._address(pixels), pixels))
+        tokens = self._count([words[name] for name in TEXTS]).tolist()
+        return _Found({**words, "tokens": tokens}, images)
+
+    def _address(self, pixels: np.ndarray) -> bytes:
+        half = lambda part: hashlib.sha256(self._salt + part.tobytes()).digest()[: ADDRESS_BYTES // 2]
+        return half(pixels[0]) + half(pixels[1:])
+
+    def _cut(self, image: PIL.Image.Image, windows: Sequence[tuple[float, float, float]], exact: bool) -> np.ndarray:
+        size = self._encoding.image_size
+        centre = resize_center_crop(image, size, self._encoding.recipe, exact=exact)
+        return np.stack([centre, *(cut(image, window, size, exact=exact) for window in windows)])
+
+
+class _Encoder:
+    """Numbers images, encodes new ones in batches of consecutive numbers, and journals records when all their images are encoded."""
+
+    def __init__(self, journal: Journal, vqgan: VQGAN, batch: int, encoding: Encoding):
+        levels = to_pixels(np.arange(256, dtype=np.uint8), encoding.recipe)  # pixels travel to the device as bytes
+        self._encode = jax.jit(lambda model, pixels: model.encode(jax.numpy.asarray(levels)[pixels]).astype(np.uint16))
+        self._journal, self._vqgan, self._batch, self._crops = journal, vqgan, batch, encoding.crops
+        self._known = {address: i for i, address in enumerate(journal.addresses())}
+        self._waiting: list[tuple[bytes, np.ndarray]] = []
+        self._running: tuple[list[bytes], list[jax.Array]] | None = None
+        self._queue: deque[tuple[int, int, str, dict[str, Any]]] = deque()
+        self.skipped = journal.skipped
+
+    def add(self, number: int, done: int, found: _Found | _Corrupt) -> None:
+        """Takes record `number`, with which `done` are done; records come in order."""
+        if isinstance(found, _Corrupt):
+            self.skipped += 1
+            self._queue.append((done, -1, "skipped", {"pair": number, **dataclasses.asdict(found)}))
+        else:
+            first, second, *more = (self._number(address, pixels) for address, pixels in found.images)
+            row = {"input": first, "output": second, "more_inputs": more, **found.row}
+            self._queue.append((done, max(first, second, *more), "pairs", row))
+        self._settle()
+
+    def _number(self, address: bytes, pixels: np.ndarray) -> int:
+        if address not in self._known:
+            self._known[address] = len(self._known)
+            self._waiting.append((address, pixels))
+            if len(self._waiting) == self._batch:
+                self._start()
+        return self._known[address]
+
+    def _start(self) -> None:
+        """Sends a batch to the device; while it works there, the last one is fetched and the next one gathers."""
+        addresses = [address for address, _ in self._waiting]
+        pixels = np.stack([pixels for _, pixels in self._waiting] + [self._waiting[-1][1]] * (self._batch - len(self._waiting)))
+        started = addresses, [self._encode(self._vqgan, pixels[:, crop]) for crop in range(self._crops)]
+        self._waiting = []
+        self._collect()
+        self._running = started
+
+    def _collect(self) -> None:
+        if self._running is not None:
+            addresses, crops = self._running
+            self._running = None
+            self._journal.add_images(np.stack([np.asarray(codes) for codes in crops], 1)[: len(addresses)], addresses)
+            self._settle()
+
+    def _settle(self) -> None:
+        while self._queue and self._queue[0][1] < self._journal.images:
+            done, _, kind, row = self._queue.popleft()
+            self._journal.add_row(kind, row, done)
+        self._journal.commit_now_and_then()
+
+    def pause(self) -> None:
+        """Journals what is encoded; the batch that is not full is left to the next start, which makes the same one."""
+        self._collect()
+        self._journal.commit()
+
+    def finish(self) -> None:
+        """Encodes and journals what is left."""
+        if self._waiting:
+            self._start()
+        self._collect()
+        self._settle()
+        self._journal.commit()
+
+
+def _write_store(journal: Journal, folder: Path, encoding: Encoding) -> int:
+    """The journal as a store's files, tokenizers/ apart; returns the number of pairs."""
+    found: dict[str, dict[str, int]] = {name: {} for name in CATEGORIES}
+    count = 0
+    for row in journal.rows("pairs"):
+        count += 1
+        for name, numbers in found.items():
+            numbers.setdefault(row[name], len(numbers))
+    writer = StoreWriter(folder, encoding, images=journal.images, names={name: list(numbers) for name, numbers in found.items()})
+    for record, address in zip(journal.codes(), journal.addresses(), strict=True):
+        writer.add_image(record, address)
+    rows = journal.rows("pairs")
+    while part := list(islice(rows, ROWS)):
+        columns = {name: [row[name] for row in part] for name in ("input", "output", "more_inputs", *TEXTS)}
+        columns |= {name: [numbers[row[name]] for row in part] for name, numbers in found.items()}
+        columns |= {f"{name}_tokens": [row["tokens"][i] for row in part] for i, name in enumerate(TEXTS)}
+        writer.add_pairs(columns)
+    for row in journal.rows("skipped"):
+        writer.add_skipped(row)
+    writer.finish()
+    return count
 
 
 def merge(stores: Sequence[str | Path], out: str | Path) -> Store:
-    """Puts finished stores together, pairs one after the other; an image that several hold is kept once for each.
+    """Puts finished stores together, pairs one after the other; an image that several hold is kept once.
 
     Raises:
-      UserError: not stores, not of one image tokenizer and recipe, or the folder cannot be written.
+      UserError: not stores, not of one encoding (image tokenizer, text tokenizer, recipe, crops), or the folder cannot be written.
     """
-    folders = [Path(folder) for folder in stores]
+    out, folders = Path(out), [Path(folder) for folder in stores]
     opened = [Store.open(folder) for folder in folders]
-    headers = [json.loads((folder / "store.json").read_text()) for folder in folders]
-    for folder, header in zip(folders, headers, strict=True):
-        for field in ("vqgan", "recipe", "grid"):
-            if header[field] != headers[0][field]:
+    encoding = opened[0].encoding
+    for store in opened:
+        for field, value in dataclasses.asdict(store.encoding).items():
+            if value != getattr(encoding, field):
                 raise UserError(
-                    f"{folder}: {field} {header[field]}, but {folders[0]} has {headers[0][field]}; tokenize both with one model"
+                    f"{store.folder}: {field} {value}, but {folders[0]} has {getattr(encoding, field)}; "
+                    "tokenize both with one model, one --recipe and one --crops"
                 )
+    _check_place(out)
+    known: dict[bytes, int] = {}
+    numbers, new = [], []
+    for store in opened:
+        before, addresses = len(known), store.addresses()
+        numbers.append(np.array([known.setdefault(address.tobytes(), len(known)) for address in addresses], np.int32))
+        values, places = np.unique(numbers[-1], return_index=True)
+        new.append(places[values >= before])
+    names = {name: list(dict.fromkeys(n for store in opened for n in getattr(store.pairs, name).names)) for name in CATEGORIES}
     with atomic_path(out) as temporary:
+        temporary.mkdir()
+        writer = StoreWriter(temporary, encoding, images=len(known), names=names)
+        for store, numbered, mine in zip(opened, numbers, new, strict=True):
+            addresses = store.addresses()
+            for first in range(0, len(mine), 4096):
+                part = mine[first : first + 4096]
+                for i, record in zip(part, store.codes.records(part), strict=True):
+                    writer.add_image(record, addresses[i].tobytes())
+            categories = {}
+            for name in CATEGORIES:
+                place = {n: i for i, n in enumerate(names[name])}
+                categories[name] = np.array([place[n] for n in getattr(store.pairs, name).names], np.int32)
+            for columns in store.pairs.plain_batches():
+                writer.add_pairs(columns | _renumbered(columns, numbered, categories))
+            for _, row in read_json_lines(store.folder / "skipped.jsonl"):
+                writer.add_skipped(row)
+        writer.finish()
         shutil.copytree(folders[0] / "tokenizers", temporary / "tokenizers")
-        images = pairs = 0
-        with (
-            Codes(temporary / "codes.npy", headers[0]["grid"]) as codes,
-            (temporary / "pairs.jsonl").open("w", encoding="utf-8") as lines,
-            (temporary / "holdouts.jsonl").open("w", encoding="utf-8") as judged,
-        ):
-            for folder, store in zip(folders, opened, strict=True):
-                for first in range(0, len(store.codes), 4096):
-                    codes.append(store.codes[first : first + 4096])
-                for pair in store.pairs:
-                    row = dataclasses.asdict(pair)
-                    row |= {side: row[side] + images for side in ("input", "output")}
-                    row["more_inputs"] = [image + images for image in pair.more_inputs]
-                    lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-                if (folder / "holdouts.jsonl").exists():
-                    for line in (folder / "holdouts.jsonl").open():
-                        row = json.loads(line)
-                        judged.write(json.dumps({**row, "pair": row["pair"] + pairs}, ensure_ascii=False) + "\n")
-                images, pairs = images + len(store.codes), pairs + len(store.pairs)
-        (temporary / "store.json").write_text(json.dumps({**headers[0], "images": images, "pairs": pairs}, indent=2))
     return Store.open(out)
 
 
-class Codes:
-    """codes.npy, written as it grows: uint16 [images, grid, grid]; memory does not grow with it."""
-
-    def __init__(self, path: Path, grid: int):
-        self._path, self._grid, self._count = path, grid, 0
-
-    def __enter__(self) -> Codes:
-        self._file: BinaryIO = self._path.open("w+b")
-        self._head()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.seek(0)
-        self._head()  # NumPy leaves room in the header for a first axis that grows
-        self._file.close()
-
-    def _head(self) -> None:
-        header = {"descr": "<u2", "fortran_order": False, "shape": (self._count, self._grid, self._grid)}
-        np.lib.format.write_array_header_1_0(self._file, header)
-
-    def append(self, codes: np.ndarray) -> None:
-        """Adds images, uint16 [n, grid, grid]."""
-        self._file.write(np.ascontiguousarray(codes, "<u2").tobytes())
-        self._count += len(codes)
+def _renumbered(columns: Mapping[str, Any], images: np.ndarray, categories: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The columns that are numbers of something, given the new number of each old one."""
+    more = columns["more_inputs"]
+    found: dict[str, Any] = {name: images[columns[name].to_numpy()] for name in ("input", "output")}
+    found["more_inputs"] = pa.ListArray.from_arrays(more.offsets, pa.array(images[more.values.to_numpy()], pa.int32()))
+    return found | {name: new[columns[name]] for name, new in categories.items()}

@@ -34,7 +34,7 @@ def compare(a: Path, b: Path, out: Path, *, seed: int = 0) -> list[dict[str, Any
     """
     results = read_json(a / "result.json"), read_json(b / "result.json")
     _check(a, b, *results)
-    tables = [_by_query(result) for result in results]
+    tables = [by_query(result) for result in results]
     rows = []
     for metric, told in results[0]["protocol"]["metrics"].items():
         first, second = (result["scores"][metric] for result in results)
@@ -54,6 +54,8 @@ def _check(a: Path, b: Path, first: Mapping[str, Any], second: Mapping[str, Any]
     """Refuses what cannot be compared."""
     if first["suite"] != second["suite"]:
         raise UserError(f"{a} is of suite {first['suite']}, {b} of {second['suite']}; compare results of one suite")
+    if first["suite"] == "table4":
+        raise UserError(f"{a} is a whole table; compare the folders of its runs, such as {a}/low_light/xprompt")
     if first["protocol"]["metrics"] != second["protocol"]["metrics"]:
         raise UserError(f"{a} and {b} were scored by different protocols; run one of them again with the other's version and flags")
     if first["suite"] == "pairs" and first["protocol"]["frame"] != second["protocol"]["frame"]:
@@ -64,8 +66,8 @@ def _check(a: Path, b: Path, first: Mapping[str, Any], second: Mapping[str, Any]
         raise UserError(f"{a} (data {marks[0]}) and {b} (data {marks[1]}) have no query in common; compare results on the same data")
 
 
-def _by_query(result: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, float]]:
-    """(metric, arm) -> query -> score, the mean over its examples."""
+def by_query(result: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, float]]:
+    """(metric, arm) of a result.json -> query -> score, the mean over its examples; nan where there is none."""
     scores: dict[tuple[str, str], dict[str, list[float]]] = {}
     for query in result["queries"]:
         for metric, arms in query["scores"].items():

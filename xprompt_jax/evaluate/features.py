@@ -71,6 +71,12 @@ class Encoders:
         return Looks(pixels, clip, dino, words)
 
 
+@functools.lru_cache(maxsize=1)
+def load_encoders(clip: Path | None, dino: Path | None) -> Encoders:
+    """`Encoders`, the last ones kept: the runs of a table share them."""
+    return Encoders(clip, dino)
+
+
 def clip_image_target(drawn: Looks, target: Looks, source: Looks) -> float:
     """CLIP-I: cosine of the drawn image and the target."""
     return float(drawn.clip @ target.clip)
@@ -100,6 +106,16 @@ def clip_direction(drawn: Looks, target: Looks, source: Looks) -> float:
     """Cosine of (drawn image - input) and (caption of the whole target - caption of the whole input)."""
     before, after = source.words.get("global"), target.words.get("global")
     return float("nan") if before is None or after is None else _cosine(drawn.clip - source.clip, after - before)
+
+
+def clip_direction_image(drawn: Looks, target: Looks, source: Looks) -> float:
+    """Cosine of (drawn image - input) and (target - input): whether what changed is what should, without words."""
+    return _cosine(drawn.clip - source.clip, target.clip - source.clip)
+
+
+def clip_image_input(drawn: Looks, target: Looks, source: Looks) -> float:
+    """Cosine of the drawn image and the input: what was kept of it."""
+    return float(drawn.clip @ source.clip)
 
 
 def l1_unit(drawn: Looks, target: Looks, source: Looks) -> float:

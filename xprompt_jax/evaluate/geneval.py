@@ -4,7 +4,7 @@
     OUT/00000/samples/0000.png ...   its images
     OUT/run.json                     what they were drawn with
     OUT/results.jsonl                a line for each image, when detections were judged here: the official format
-    OUT/result.json, index.html      the score
+    OUT/result.json, scores.csv, index.html, grid.png   the score
 
 Two ways from images to a score: the official evaluation/evaluate_images.py reads OUT and writes results.jsonl, which `summarise` reads; or
 any detector's boxes and colours are judged here, by the official rules (geneval_rules.py).
@@ -12,6 +12,7 @@ any detector's boxes and colours are judged here, by the official rules (geneval
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections import Counter
@@ -22,11 +23,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from xprompt_jax.data.images import save_png
+from xprompt_jax.data.images import open_image, save_png
 from xprompt_jax.errors import UserError
 from xprompt_jax.evaluate import geneval_rules as rules
-from xprompt_jax.evaluate.report import Table, write_report
-from xprompt_jax.evaluate.results import FORMAT, fingerprint, read_json, start, versions, write_json
+from xprompt_jax.evaluate import published
+from xprompt_jax.evaluate.pages import SHOWN, small
+from xprompt_jax.evaluate.report import ReportRow, Table, contact_sheet, write_report
+from xprompt_jax.evaluate.results import FORMAT, WHOLE, Shard, fingerprint, read_json, start, versions, write_json
 from xprompt_jax.files import atomic_path, read_json_lines
 
 if TYPE_CHECKING:
@@ -85,14 +88,15 @@ def sample_path(out: Path, prompt: int, image: int) -> Path:
 
 
 def draw_prompts(
-    model: XPrompt, metadata: Sequence[Mapping[str, Any]], out: Path, *, num_images: int = 4, seed: int = 0, overwrite: bool = False,
-    progress: bool = True, sampling: Mapping[str, Any] | None = None,
+    model: XPrompt, metadata: Sequence[Mapping[str, Any]], out: Path, *, num_images: int = 4, seed: int = 0, shard: Shard = WHOLE,
+    overwrite: bool = False, progress: bool = True, sampling: Mapping[str, Any] | None = None,
 ) -> int:  # fmt: skip
     """Draws what `out` does not hold yet.
 
     Args:
       metadata: of `read_metadata`.
       num_images: of each prompt; the benchmark has 4.
+      shard: the prompts to draw, by their numbers.
       overwrite: draw again what other settings drew.
       sampling: arguments of `XPrompt.text_to_image`.
 
@@ -107,14 +111,14 @@ def draw_prompts(
     sampling = dict(sampling or {})
     settings = {
         "suite": "geneval", "model": model.fingerprint, "prompts": fingerprint(*(row["prompt"] for row in metadata)),
-        "num_images": num_images, "seed": seed, "sampling": sampling,
+        "num_images": num_images, "seed": seed, "precision": model.precision, "sampling": sampling,
     }  # fmt: skip
     start(out, settings, images=lambda: out.glob("[0-9]*/samples/*.png"), overwrite=overwrite)
     for prompt, row in enumerate(metadata):
         with atomic_path(out / f"{prompt:05d}" / "metadata.jsonl") as temporary:
             temporary.write_text(json.dumps(row), encoding="utf-8")
     files = [[sample_path(out, prompt, image) for image in range(num_images)] for prompt in range(len(metadata))]
-    todo = [prompt for prompt, paths in enumerate(files) if not all(path.is_file() for path in paths)]
+    todo = [prompt for prompt, paths in enumerate(files) if shard.has(prompt) and not all(path.is_file() for path in paths)]
     at_once = max(1, MAX_BATCH // num_images)
     with tqdm(total=len(todo) * num_images, unit="image", desc="drawing", disable=not progress) as bar:
         for first in range(0, len(todo), at_once):
@@ -124,6 +128,11 @@ def draw_prompts(
                 save_png(image, path)
             bar.update(len(images))
     return len(todo) * num_images
+
+
+def is_complete(out: Path, metadata: Sequence[Mapping[str, Any]], num_images: int = 4) -> bool:
+    """Whether no image is missing."""
+    return all(sample_path(out, p, i).is_file() for p in range(len(metadata)) for i in range(num_images))
 
 
 def check_folder(out: Path, metadata: Sequence[Mapping[str, Any]], num_images: int = 4) -> None:
@@ -274,7 +283,7 @@ def make_result(correct: Mapping[Image, bool], metadata: Sequence[Mapping[str, A
 
 
 def write_scores(out: Path, correct: Mapping[Image, bool], metadata: Sequence[Mapping[str, Any]], *, judged_by: str) -> dict[str, Any]:
-    """Writes result.json and index.html.
+    """Writes result.json, scores.csv, index.html and grid.png.
 
     Args:
       judged_by: where the verdicts come from, in words.
@@ -284,21 +293,44 @@ def write_scores(out: Path, correct: Mapping[Image, bool], metadata: Sequence[Ma
     """
     run = read_json(out / "run.json") if (out / "run.json").exists() else {}  # images of another program have none
     result = make_result(correct, metadata) | {
-        "model": {"fingerprint": run.get("model")}, "judged_by": judged_by, "seed": run.get("seed"), "sampling": run.get("sampling"),
-        "versions": versions(),
+        "model": {"fingerprint": run.get("model")}, "judged_by": judged_by,
+        "published": {"source": published.SOURCE, "rows": {}, "missing": published.MISSING["Table 1"]},
+        "seed": run.get("seed"), "sampling": run.get("sampling"), "versions": versions(),
     }  # fmt: skip
     write_json(out / "result.json", result)
     counts = Counter(metadata[prompt]["tag"] for prompt, _ in correct)
     scores, shares = {name: arms["drawn"]["mean"] for name, arms in result["scores"].items()}, result["shares"]
     rows = tuple((name, f"{score:.5f}", str(counts.get(name, len(correct)))) for name, score in scores.items())
+    with atomic_path(out / "scores.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
+        writer = csv.writer(f)
+        writer.writerow(["prompt", "tag", "share of right images"])
+        writer.writerows((q["prompt"], tag, arms["drawn"]) for q in result["queries"] for tag, arms in q["scores"].items())
+    pictures = _picture_rows(out, correct, metadata)
+    contact_sheet(out / "grid.png", pictures, title="xprompt eval geneval", scale=1)
     write_report(
         out / "index.html", title="xprompt eval geneval",
-        lead=f"{result['measures']} Judged by {judged_by}. The overall score is the mean over the tasks, not over the images.",
+        lead=f"{result['measures']} Judged by {judged_by}. The overall score is the mean over the tasks, not over the images. "
+             "No number of the paper's Table 1 is at hand, so none stands beside.",
         facts=[("model", str(run.get("model"))), ("prompts", str(len(metadata))), ("images", str(len(correct))),
                ("right images", f"{shares['images']:.2%}"), ("prompts with a right image", f"{shares['prompts']:.2%}")],
-        rows=[], curves=[], tables=[Table("Share of right images", ("task", "share", "images"), rows)],
+        rows=pictures, heading="Prompts and verdicts", curves=[],
+        tables=[Table("Share of right images", ("task", "share", "images"), rows)],
     )  # fmt: skip
     return result
+
+
+def _picture_rows(out: Path, correct: Mapping[Image, bool], metadata: Sequence[Mapping[str, Any]]) -> list[ReportRow]:
+    """The first prompts of each task with their images and verdicts."""
+    rows: list[ReportRow] = []
+    images: dict[int, list[int]] = {}
+    for prompt, image in correct:
+        images.setdefault(prompt, []).append(image)
+    for tag in TAGS:
+        for prompt in [p for p in images if metadata[p]["tag"] == tag][: SHOWN // len(TAGS)]:
+            told = {True: "right", False: "wrong"}
+            shown = tuple((told[correct[prompt, i]], small(np.asarray(open_image(sample_path(out, prompt, i))))) for i in images[prompt])
+            rows.append(ReportRow(tag, metadata[prompt]["prompt"], shown))
+    return rows
 
 
 def lines(result: Mapping[str, Any]) -> list[str]:

@@ -147,8 +147,8 @@ def _region_psnr(image, target, region: np.ndarray) -> float:
     return _psnr(np.mean((image - target)[region] ** 2)) if region.any() else float("nan")
 
 
-def _depth_squared_errors(prediction, truth) -> np.ndarray:
-    """Squared errors in m^2 of the scored pixels of one image."""
+def depth_squared_errors(prediction, truth) -> np.ndarray:
+    """Squared errors in m^2 of the scored pixels of one image, float64 [pixels]; arguments as of `depth_rmse_painter`, one image."""
     prediction, truth = _pair(prediction, truth)
     if truth.ndim != 2:
         raise ValueError(f"a depth map must be [h, w], not {list(truth.shape)}")
@@ -168,14 +168,28 @@ def depth_rmse_painter(predictions: Iterable, truths: Iterable) -> float:
 
     480 x 640 images are cut to the Eigen crop. Images without a scored pixel are left out; nan if none has any.
     """
-    errors = [_depth_squared_errors(p, t) for p, t in zip(predictions, truths, strict=True)]
+    errors = [depth_squared_errors(p, t) for p, t in zip(predictions, truths, strict=True)]
     return float(np.mean([np.sqrt(e.mean()) for e in errors if e.size] or [np.nan]))
 
 
 def depth_rmse_pooled(predictions: Iterable, truths: Iterable) -> float:
     """RMSE in metres over the pixels of all images together (InvPT); otherwise like `depth_rmse_painter`."""
-    errors = np.concatenate([_depth_squared_errors(p, t) for p, t in zip(predictions, truths, strict=True)] or [np.empty(0)])
+    errors = np.concatenate([depth_squared_errors(p, t) for p, t in zip(predictions, truths, strict=True)] or [np.empty(0)])
     return float(np.sqrt(errors.mean())) if errors.size else float("nan")
+
+
+def palette_distance(picture, colors) -> float:
+    """Palette adherence: mean distance (RGB L2, levels of 0-255) of a picture's pixels to the nearest of `colors`.
+
+    Args:
+      picture: uint8 [h, w, 3].
+      colors: uint8 [n, 3], the samples of a palette.
+    """
+    unique, counts = np.unique(np.asarray(picture, np.uint8).reshape(-1, 3), axis=0, return_counts=True)
+    known = np.asarray(colors, np.float64)
+    parts = np.array_split(unique.astype(np.float64), -(-len(unique) // 4096))  # a photograph has a hundred thousand colours
+    nearest = np.concatenate([((part[:, None] - known) ** 2).sum(-1).min(-1) for part in parts])
+    return float(np.average(np.sqrt(nearest), weights=counts))
 
 
 def _angles(prediction, truth, valid=None) -> np.ndarray:
@@ -243,3 +257,38 @@ def mean_iou(predictions: Iterable, truths: Iterable, num_classes: int) -> float
     hits = np.diagonal(confusion)
     union = confusion.sum(1) + confusion[:, :-1].sum(0) - hits
     return float(np.mean(hits[union > 0] / union[union > 0])) if union.any() else float("nan")
+
+
+def nearest_labels(picture, colors) -> np.ndarray:
+    """Re-segmentation: the label with the nearest colour (RGB L2) at every pixel, int64 [h, w].
+
+    Args:
+      picture: uint8 [h, w, 3].
+      colors: float [n, shades, 3], some of each label.
+    """
+    colors = np.asarray(colors, np.float64)
+    difference = np.asarray(picture, np.float64)[:, :, None] - colors.reshape(-1, 3)
+    return (difference**2).sum(-1).argmin(-1) // colors.shape[1]
+
+
+def edit_success(picture, before, after, colors) -> float:
+    """Whether an edit was done, 1 or 0: a drawn picture is segmented again by nearest colour and held against exact labels.
+
+    It was done if more than half of the pixels whose label the edit changes have the new label, and of the others more than half, every
+    label weighing alike, kept theirs. What was painted over as a whole is no success, nor is the input as it was.
+
+    Args:
+      picture: uint8 [h, w, 3].
+      before, after: int [h, w], exact labels of the input and of the target; indices into `colors`.
+      colors: float [n, shades, 3].
+
+    Returns:
+      nan if the edit changes no label.
+    """
+    before, after = np.asarray(before), np.asarray(after)
+    changed = before != after
+    if not changed.any():
+        return float("nan")
+    right = nearest_labels(picture, colors) == after
+    kept = [right[~changed & (after == label)].mean() for label in np.unique(after[~changed])]
+    return float(right[changed].mean() > 0.5 and (not kept or np.mean(kept) > 0.5))

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from xprompt_jax.data.images import open_image, resize_center_crop
 from xprompt_jax.data.sources import Record
 from xprompt_jax.errors import UserError
+from xprompt_jax.evaluate.modes import Mode, Shown, draw_shown, show
 
 if TYPE_CHECKING:
     from xprompt_jax.sample.sampler import XPrompt
@@ -115,9 +116,45 @@ def make_episodes(
     return episodes
 
 
+def pairs_in(record: Record) -> tuple[Record, ...]:
+    """The pairs that a record stands for: itself, or those of `turns.Turns`, turn by turn."""
+    return getattr(record, "turns", (record,))
+
+
+class Examples:
+    """Example pairs as a model is shown them, each encoded once and kept for a while.
+
+    Args:
+      read: opens a record.
+    """
+
+    def __init__(self, model: XPrompt, mode: Mode, read: Read):
+        self._model, self._mode, self._read = model, mode, read
+        self._records: dict[int, Record] = {}
+        self._known = functools.lru_cache(maxsize=PROMPTS)(self._encode)
+        self.nothing = show(model, mode, None)
+
+    def __call__(self, record: Record, backwards: bool = False) -> tuple[Shown, tuple[np.ndarray, np.ndarray]]:
+        """What is shown, and its two pictures in the order of showing."""
+        self._records[id(record)] = record
+        return self._known(id(record), backwards)
+
+    def _encode(self, key: int, backwards: bool) -> tuple[Shown, tuple[np.ndarray, np.ndarray]]:
+        from xprompt_jax.sample.sampler import Example
+
+        record = self._records[key]
+        before, after = self._read(record)
+        words = record.instruction
+        if backwards:
+            before, after, words = after, before, record.reverse_instruction or words
+        if self._mode == "none":
+            return self.nothing, (before, after)
+        return show(self._model, self._mode, Example(before, after, words)), (before, after)
+
+
 def run_pairs(
-    model: XPrompt, episodes: Sequence[Episode], *, read: Read | None = None, no_example: bool = False, seed: int = 0,
-    progress: bool = True, **sampling: Any,
+    model: XPrompt, episodes: Sequence[Episode], *, read: Read | None = None, no_example: bool = False, mode: Mode = "xprompt",
+    seed: int = 0, progress: bool = True, **sampling: Any,
 ) -> Iterator[Outcome]:  # fmt: skip
     """Draws every episode from its example and from its wrong example, in batches.
 
@@ -127,7 +164,8 @@ def run_pairs(
     Args:
       read: opens a record; the default is the centre crop that models are trained on.
       no_example: draws every query without an example too, as the arm NO_EXAMPLE.
-      sampling: temperature, top_k, top_p, guidance, decoding, window of `XPrompt.generate`.
+      mode: how examples are shown.
+      sampling: defaults, temperature, top_k, top_p, guidance, decoding, window of `XPrompt.generate`.
 
     Yields:
       An outcome for each episode, in order.
@@ -135,50 +173,38 @@ def run_pairs(
     Raises:
       UserError: an image cannot be read.
     """
-    from xprompt_jax.sample.sampler import Example
-
     size = model.config.vq.image_size
     read = read or (lambda record: (_crop(record.input, size), _crop(record.output, size)))
-    shown = {id(record): record for e in episodes for record in (e.example, e.wrong)}
-
-    @functools.lru_cache(maxsize=PROMPTS)
-    def compiled(key: int, backwards: bool = False):
-        record, (before, after) = shown[key], read(shown[key])
-        if backwards:
-            return model.compile([Example(after, before, record.reverse_instruction or record.instruction)]), (after, before)
-        return model.compile([Example(before, after, record.instruction)]), (before, after)
-
+    shown = Examples(model, mode, read)
     with tqdm(total=len(episodes), unit="image", desc="drawing", disable=not progress) as bar:
         for first in range(0, len(episodes), AT_ONCE):
             part = episodes[first : first + AT_ONCE]
             opened = {id(e.query): e.query for e in part}
             pictures = {key: read(record) for key, record in opened.items()}
             targets = [after for _, after in pictures.values()]
-            ceilings = dict(zip(pictures, _arrays(model.decode_images(model.encode_images(targets))), strict=True))
-            inputs = [pictures[id(e.query)][0] for e in part] * 2
-            prompts = [compiled(id(e.example))[0] for e in part] + [compiled(id(e.wrong), e.backwards)[0] for e in part]
+            ceilings = dict(zip(pictures, map(np.asarray, model.decode_images(model.encode_images(targets))), strict=True))
+            own, other = [shown(e.example)[0] for e in part], [shown(e.wrong, e.backwards)[0] for e in part]
             queries = [e.query for e in part] * 2
+            prompts = own + other
             if no_example:
-                prompts, inputs = prompts + [model._no_example] * len(opened), inputs + [before for before, _ in pictures.values()]
-                queries += opened.values()
-            prompts = [dataclasses.replace(p, instruction=q.instruction) for p, q in zip(prompts, queries, strict=True)]
-            images = _arrays(model.generate(prompts, inputs, seed=seed, **sampling))
-            alone = dict(zip(opened, images[2 * len(part) :], strict=no_example))
+                prompts, queries = prompts + [shown.nothing] * len(opened), [*queries, *opened.values()]
+            # What is shown the same is drawn once.
+            rows = {(id(p), id(q)): (p, q) for p, q in zip(prompts, queries, strict=True)}
+            drawn = dict(zip(rows, draw_shown(
+                model, [p for p, _ in rows.values()], [q.instruction for _, q in rows.values()],
+                [pictures[id(q)][0] for _, q in rows.values()], seed=seed, **sampling,
+            ), strict=True))  # fmt: skip
             for i, e in enumerate(part):
-                before, after = pictures[id(e.query)]
-                arms = {"drawn": images[i], "wrong": images[len(part) + i], "copied": before, "ceiling": ceilings[id(e.query)]}
+                key, (before, after) = id(e.query), pictures[id(e.query)]
+                arms = {"drawn": drawn[id(own[i]), key], "wrong": drawn[id(other[i]), key], "copied": before, "ceiling": ceilings[key]}
                 if no_example:
-                    arms[NO_EXAMPLE] = alone[id(e.query)]
-                yield Outcome(e, compiled(id(e.example))[1], arms, after)
+                    arms[NO_EXAMPLE] = drawn[id(shown.nothing), key]
+                yield Outcome(e, shown(e.example)[1], arms, after)
             bar.update(len(part))
 
 
 def _crop(image: Any, size: int) -> np.ndarray:
     return resize_center_crop(open_image(image), size)
-
-
-def _arrays(images: Sequence[Any]) -> list[np.ndarray]:
-    return [np.asarray(image) for image in images]
 
 
 def paired_bootstrap(
@@ -197,7 +223,8 @@ def paired_bootstrap(
     values = values[np.isfinite(values)]
     if not values.size:
         return float("nan"), float("nan"), float("nan")
-    rng = np.random.default_rng(seed)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
+    rng, at_once = np.random.default_rng(seed), max(1, 1_000_000 // len(values))
+    parts = [min(at_once, resamples - done) for done in range(0, resamples, at_once)]
+    means = np.concatenate([values[rng.integers(len(values), size=(part, len(values)))].mean(1) for part in parts])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(values.mean()), float(low), float(high)

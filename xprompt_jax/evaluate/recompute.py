@@ -11,12 +11,14 @@ from xprompt_jax.data.images import list_images
 from xprompt_jax.data.retrieval import RetrievalIndex
 from xprompt_jax.errors import UserError
 from xprompt_jax.evaluate import geneval
-from xprompt_jax.evaluate.magicbrush import EditSuite
+from xprompt_jax.evaluate.edits import EditSuite
+from xprompt_jax.evaluate.magicbrush import MagicBrushSuite
 from xprompt_jax.evaluate.reconstruction import score_reconstructions
 from xprompt_jax.evaluate.results import file_fingerprint, fingerprint, finite, read_json
 from xprompt_jax.evaluate.runs import plan_again
 from xprompt_jax.evaluate.scores import list_queries, score_plan, summarise_all
 from xprompt_jax.evaluate.suites import get_suite
+from xprompt_jax.evaluate.table4 import collect
 
 TOLERANCE = 1e-9
 """Another processor adds in another order."""
@@ -45,6 +47,8 @@ def recompute(
     result = read_json(out / "result.json")
     if result["suite"] == "geneval":
         return _compare(out, result, _geneval(out))
+    if result["suite"] == "table4":
+        return _table(out, result, clip, dino, progress)
     run = read_json(out / "run.json")
     if result["suite"] == "reconstruction":
         paths = list_images(data or Path(run["where"]["data"]))
@@ -54,7 +58,7 @@ def recompute(
     suite = get_suite(run["suite"], run["palette"])
     if isinstance(suite, EditSuite):
         suite = suite.with_encoders(clip, dino)
-        if index is not None:
+        if index is not None and isinstance(suite, MagicBrushSuite):
             suite = suite.with_retrieval(RetrievalIndex.load(index), run["examples"], run["per_group"])
     plan = plan_again(run, suite, data, examples_from)
     for name, value in plan.settings.items():
@@ -64,6 +68,14 @@ def recompute(
     scores = score_plan(plan, out, run["image_size"], progress=progress)
     again = {"scores": summarise_all(plan, scores), "queries": list_queries(plan, scores)}
     return _compare(out, result, again, TOLERANCE_FEATURES if isinstance(suite, EditSuite) else TOLERANCE)
+
+
+def _table(out: Path, result: dict[str, Any], clip: Path | None, dino: Path | None, progress: bool) -> int:
+    """Of every run of a table, and then of the table."""
+    counts = [
+        recompute(out / suite / key, clip=clip, dino=dino, progress=progress) for suite, keys in result["runs"].items() for key in keys
+    ]
+    return sum(counts) + _compare(out, result, collect(out, result["runs"]))
 
 
 def _geneval(out: Path) -> dict[str, Any]:

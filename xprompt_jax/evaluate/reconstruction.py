@@ -11,6 +11,7 @@ Chameleon's tokenizer.
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,36 +22,38 @@ import PIL.Image
 from tqdm import tqdm
 
 from xprompt_jax.data.images import list_images, open_image, postprocess, save_png, to_pixels
-from xprompt_jax.data.tokenise import vqgan_fingerprint
+from xprompt_jax.data.store import vqgan_fingerprint
 from xprompt_jax.errors import UserError
+from xprompt_jax.evaluate import published
+from xprompt_jax.evaluate.measures import PHOTOGRAPH_METRICS, reduce_sums
 from xprompt_jax.evaluate.pairs import paired_bootstrap
-from xprompt_jax.evaluate.report import ReportRow, Table, write_report
-from xprompt_jax.evaluate.results import FORMAT, file_fingerprint, fingerprint, finite, read_json, start, versions, write_json
-from xprompt_jax.evaluate.suites import PHOTOGRAPH_METRICS, Colours, reduce_sums
+from xprompt_jax.evaluate.report import ReportRow, Table, contact_sheet, write_report
+from xprompt_jax.evaluate.results import FORMAT, WHOLE, Shard, file_fingerprint, fingerprint, finite, read_json, start, versions, write_json
+from xprompt_jax.evaluate.truths import Colours
+from xprompt_jax.files import atomic_path
 from xprompt_jax.model.vqgan import VQGAN
 
 MEASURES = "Images through the image tokenizer and back: what no model with this tokenizer can beat."
-PUBLISHED = {
-    "Chameleon's tokenizer at 512, Rain100L, Table 5": {"PSNR": 26.34, "SSIM": 0.805},
-    "Chameleon's tokenizer at 1024, Rain100L, Table 5": {"PSNR": 29.77, "SSIM": 0.906},
-}
+PUBLISHED = published.TOKENIZER
 NOTE = "the paper says neither whether RGB or Y was scored, nor how images came to 512 and 1024 pixels"
 SHOWN, SIDE = 6, 256
 """Rows of pictures on the page, and pixels of their sides."""
 
 
 def reconstruct(
-    vqgan: VQGAN, data: Path, out: Path, *, sides: Sequence[int] = (), overwrite: bool = False, progress: bool = True
-) -> dict[str, Any]:  # fmt: skip
+    vqgan: VQGAN, data: Path, out: Path, *, sides: Sequence[int] = (), shard: Shard = WHOLE, overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any] | None:  # fmt: skip
     """Takes every image of a folder through the tokenizer, and scores what comes back; goes on after a stop.
 
     Args:
       data: a folder of images.
       sides: pixels, multiples of the tokenizer's cell; () takes the model's and twice that.
+      shard: the images to take, by their numbers; whichever part finds the folder complete scores the whole.
       overwrite: forget what `out` holds of other settings.
 
     Returns:
-      What result.json holds; its arms are the sides.
+      What result.json holds; its arms are the sides. None while other parts are missing.
 
     Raises:
       UserError: no images, one that cannot be read, or a side that is no multiple of the cell.
@@ -63,15 +66,20 @@ def reconstruct(
     settings = {"suite": "reconstruction", "model": vqgan_fingerprint(vqgan), "images": fingerprint(*map(file_fingerprint, paths))}
     start(out, settings, images=lambda: out.glob("images/*/*.png"), overwrite=overwrite, where={"data": str(data)})
     through = jax.jit(lambda model, pixels: model.decode(model.encode(pixels)))
-    with tqdm(total=len(paths) * len(sides), unit="image", desc="reconstructing", disable=not progress) as bar:
-        for number, path in enumerate(paths):
+    own = [number for number in range(len(paths)) if shard.has(number)]
+    with tqdm(total=len(own) * len(sides), unit="image", desc="reconstructing", disable=not progress) as bar:
+        for number in own:
+            path = paths[number]
             for side in sides:
                 if not (drawn := _file(out, number, side)).is_file():
                     square = open_image(path).resize((side, side), PIL.Image.Resampling.LANCZOS)
                     save_png(postprocess(np.asarray(through(vqgan, to_pixels(np.asarray(square))[None]))[0]), drawn)
                 bar.update(1)
+    if not all(_file(out, number, side).is_file() for number in range(len(paths)) for side in sides):
+        return None
     result = score_reconstructions(out, paths, sides)
     write_json(out / "result.json", result)
+    _write_csv(out / "scores.csv", result)
     _write_page(out, paths, sides, result)
     return result
 
@@ -107,7 +115,7 @@ def score_reconstructions(out: Path, paths: Sequence[Path], sides: Sequence[int]
             "mean": "over the images, with the 95 % percentile interval of 5000 resamples",
         },
         "sides": list(sides), "versions": versions(), "scores": summary,
-        "published": {"source": "arXiv 2412.01824", "rows": PUBLISHED, "note": NOTE}, "queries": queries,
+        "published": {"source": published.SOURCE, "rows": PUBLISHED, "note": NOTE}, "queries": queries,
     })  # fmt: skip
 
 
@@ -123,6 +131,14 @@ def lines(result: dict[str, Any]) -> list[str]:
     return told
 
 
+def _write_csv(path: Path, result: dict[str, Any]) -> None:
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
+        writer = csv.writer(f)
+        writer.writerow(["input", "metric", *map(str, result["sides"])])
+        for query in result["queries"]:
+            writer.writerows([query["input"], metric, *arms.values()] for metric, arms in query["scores"].items())
+
+
 def _write_page(out: Path, paths: Sequence[Path], sides: Sequence[int], result: dict[str, Any]) -> None:
     text = lambda value: "" if value is None else f"{value:.3f}"
     body = [
@@ -135,9 +151,11 @@ def _write_page(out: Path, paths: Sequence[Path], sides: Sequence[int], result: 
         ReportRow(path.name, "", (("image", small(path)), *((f"after {side}", small(_file(out, number, side))) for side in sides)))
         for number, path in enumerate(paths[:SHOWN])
     ]
+    contact_sheet(out / "grid.png", rows, title="xprompt eval reconstruction", scale=1)
     write_report(
         out / "index.html", title="xprompt eval reconstruction",
         lead=f"{MEASURES} {result['protocol']['frame'].capitalize()}. Beside published numbers: {NOTE}.",
         facts=[("tokenizer", result["model"]["fingerprint"]), ("images", str(len(paths))), ("data", result["data"]["fingerprint"])],
-        rows=rows, curves=[], tables=[Table("Mean over the images", ("what", "mean", "95 % interval"), tuple(body))],
+        rows=rows, heading="Images and what came back", curves=[],
+        tables=[Table("Mean over the images", ("what", "mean", "95 % interval"), tuple(body))],
     )  # fmt: skip

@@ -56,13 +56,14 @@ class Table:
 
 def write_report(
     path: str | Path, *, title: str, lead: str, facts: Sequence[tuple[str, str]], rows: Sequence[ReportRow], curves: Sequence[Curve],
-    tables: Sequence[Table] = (),
+    tables: Sequence[Table] = (), heading: str = "One example, then the same to a new image",
 ) -> Path:  # fmt: skip
     """Writes the page, whole or not at all.
 
     Args:
       lead: one paragraph under the title.
       facts: (name, value), shown as cards.
+      heading: above the rows.
 
     Returns:
       `path`.
@@ -71,7 +72,7 @@ def write_report(
         loader=jinja2.PackageLoader("xprompt_jax.evaluate", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     page = environment.get_template("report.html.jinja").render(
-        title=title, lead=lead, facts=facts, rows=rows, tables=tables, plot=_plot(curves), picture=_data_uri, shown=_SHOWN
+        title=title, lead=lead, heading=heading, facts=facts, rows=rows, tables=tables, plot=_plot(curves), picture=_data_uri, shown=_SHOWN
     )
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

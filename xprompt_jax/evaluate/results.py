@@ -6,11 +6,13 @@ the same settings; with others it is refused, so that no folder mixes images of 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import math
 import platform
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,37 @@ from typing import Any
 from xprompt_jax.errors import UserError
 from xprompt_jax.files import atomic_path
 
-FORMAT = "xprompt-eval-2"
+FORMAT = "xprompt-eval-3"
 LIBRARIES = ("xprompt-jax", "jax", "jaxlib", "flax", "numpy", "pillow")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Part `index` of `count` of a run: the queries (prompts, images) whose number leaves that remainder."""
+
+    index: int = 0
+    count: int = 1
+
+    def has(self, number: int) -> bool:
+        """Whether a query is of this part."""
+        return number % self.count == self.index
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """ "i/n", i from 0; "" is the whole.
+
+        Raises:
+          UserError: anything else.
+        """
+        if not text:
+            return WHOLE
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if not match or int(match[1]) >= int(match[2]):
+            raise UserError(f"--shard {text}: write part/parts, counted from 0: 0/4, 1/4, 2/4 and 3/4 make a whole")
+        return cls(int(match[1]), int(match[2]))
+
+
+WHOLE = Shard()
 
 
 def start(
@@ -38,7 +69,8 @@ def start(
       UserError: `out` holds images of other settings, or of unknown ones; or it cannot be written.
     """
     path, settings = out / "run.json", json.loads(json.dumps({"format": FORMAT, **settings}))
-    if not path.exists() and any(True for _ in images()):
+    # In this order: of several processes that start at once, another may be writing both.
+    if any(True for _ in images()) and not path.exists():
         raise UserError(f"{out}: holds images that are not of `xprompt eval` (there is no run.json); choose another --out")
     if overwrite:
         for image in images():

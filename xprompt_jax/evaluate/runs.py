@@ -8,7 +8,7 @@
 
 Images are at the model's size, before they are brought to the target's. A score is computed from these files and the data's, never from
 what is in memory, so that it can be computed again; a run that was killed goes on from the files that are there. The plan itself is a
-pure function of run.json and the data.
+pure function of run.json and the data. Queries may be drawn by several processes, each its own (`Shard`), into one folder.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ import numpy as np
 
 from xprompt_jax.data.images import open_image, save_png
 from xprompt_jax.errors import UserError
-from xprompt_jax.evaluate.pairs import NO_EXAMPLE, Episode, make_episodes, run_pairs
-from xprompt_jax.evaluate.results import file_fingerprint, fingerprint, start
+from xprompt_jax.evaluate.modes import Mode
+from xprompt_jax.evaluate.pairs import NO_EXAMPLE, Episode, make_episodes, pairs_in
+from xprompt_jax.evaluate.results import WHOLE, Shard, file_fingerprint, fingerprint, start
 from xprompt_jax.evaluate.suites import Suite, find_records
 
 if TYPE_CHECKING:
@@ -84,12 +85,10 @@ def make_plan(
     episodes = make_episodes(queries, shown, examples=examples, per_group=per_group, seed=seed)
 
     mark_file = functools.cache(file_fingerprint)
-    mark = lambda record: fingerprint(mark_file(record.input), mark_file(record.output))
+    mark = lambda record: fingerprint(*(mark_file(image) for pair in pairs_in(record) for image in (pair.input, pair.output)))
+    words = lambda record: "|".join(pair.instruction for pair in pairs_in(record))
     numbers = {key: number for number, key in enumerate(dict.fromkeys(id(e.query) for e in episodes))}
-    told = [
-        "|".join((mark(e.query), e.query.instruction, mark(e.example), e.example.instruction, mark(e.wrong), f"{e.backwards}"))
-        for e in episodes
-    ]
+    told = ["|".join((mark(e.query), words(e.query), mark(e.example), words(e.example), mark(e.wrong), f"{e.backwards}")) for e in episodes]
     settings = {
         "suite": suite.name, "palette": suite.palette, "examples": examples, "per_group": per_group, "eval_fraction": eval_fraction,
         "seed": seed, "pairs": fingerprint(*told),
@@ -115,9 +114,15 @@ def plan_again(run: Mapping[str, Any], suite: Suite, data: Path | None = None, e
 
 
 def draw_missing(
-    model: XPrompt, plan: Plan, out: Path, *, sampling: Mapping[str, Any], overwrite: bool = False, progress: bool = True
-) -> int:
+    model: XPrompt, plan: Plan, out: Path, *, sampling: Mapping[str, Any], mode: Mode = "xprompt", shard: Shard = WHOLE,
+    overwrite: bool = False, progress: bool = True,
+) -> int:  # fmt: skip
     """Draws what `out` does not hold yet.
+
+    Args:
+      sampling: see `run_pairs`.
+      mode: how examples are shown.
+      shard: the queries to draw, by their numbers.
 
     Returns:
       The number of episodes drawn now.
@@ -126,16 +131,20 @@ def draw_missing(
       UserError: `out` holds images of other settings, or cannot be written.
     """
     size = model.config.vq.image_size
-    settings = {"model": model.fingerprint, "image_size": size, "sampling": dict(sampling), **plan.settings}
+    settings = {"model": model.fingerprint, "image_size": size, "mode": mode, "precision": model.precision,
+                "sampling": dict(sampling), **plan.settings}  # fmt: skip
     start(out, settings, images=lambda: out.glob("images/*/*.png"), overwrite=overwrite, where=plan.where)
-    todo = [e for e in plan.episodes if not all(path.is_file() for path in plan.files(out, e).values())]
-    read = lambda record: plan.suite.read(record, size)
-    outcomes = run_pairs(model, todo, read=read, no_example=True, seed=plan.settings["seed"], progress=progress, **sampling)
-    for outcome in outcomes:
+    todo = [e for e in missing(plan, out) if shard.has(plan.numbers[id(e.query)])]
+    for outcome in plan.suite.draw(model, todo, size, mode=mode, seed=plan.settings["seed"], progress=progress, **sampling):
         for arm, path in plan.files(out, outcome.episode).items():
             if arm in OF_AN_EXAMPLE or not path.is_file():  # that of a query comes with each of its examples
                 save_png(outcome.images[arm], path)
     return len(todo)
+
+
+def missing(plan: Plan, out: Path) -> list[Episode]:
+    """The episodes whose images are not all in `out`."""
+    return [e for e in plan.episodes if not all(path.is_file() for path in plan.files(out, e).values())]
 
 
 def open_images(plan: Plan, out: Path, episode: Episode, size: int, arms: Sequence[str] = ARMS) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from xprompt_jax.config import ComputeConfig
 from xprompt_jax.errors import UserError
 from xprompt_jax.mesh import sharding_for
 from xprompt_jax.model.quantize import Int8
@@ -84,7 +85,7 @@ def dense_attention(
 
 
 def split_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, shape: SlotShape, example_lengths: jax.Array, backend: str = "xla"
+    q: jax.Array, k: jax.Array, v: jax.Array, shape: SlotShape, example_lengths: jax.Array, compute: ComputeConfig | None = None
 ) -> jax.Array:
     """Attention under the XP mask on the slots of prompt.py, without ever forming the mask.
 
@@ -93,12 +94,12 @@ def split_attention(
       k, v: [B, L, G, K], keys rotated.
       shape: the slots of the rows.
       example_lengths: int32 [B, E], tokens of each example.
-      backend: kernel of the causal calls, see `causal_kernel`.
+      compute: says which kernel computes the causal calls, see `causal_kernel`; None is the defaults.
 
     Returns:
       [B, L, H, K]. Rows of padding hold finite values without meaning.
     """
-    causal = causal_kernel(backend, q.dtype)
+    causal = causal_kernel(compute or ComputeConfig(), q.dtype)
     batch, examples, context, xp = q.shape[0], shape.examples, shape.context, shape.xp
     if not examples:
         return causal(q, k, v)
@@ -160,8 +161,8 @@ def cached_attention(q: jax.Array, k: jax.Array | Int8, v: jax.Array | Int8, len
 Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def causal_kernel(backend: str, dtype) -> Kernel:
-    """The kernel for square causal attention, q [B, L, H, K], k and v [B, L, G, K].
+def causal_kernel(compute: ComputeConfig, dtype) -> Kernel:
+    """The kernel for square causal attention that `compute.attention` names, q [B, L, H, K], k and v [B, L, G, K].
 
     xla runs everywhere; cudnn needs an NVIDIA GPU and a 16-bit type; splash needs a TPU.
 
@@ -169,7 +170,7 @@ def causal_kernel(backend: str, dtype) -> Kernel:
       UserError: the backend cannot run here. There is no silent fallback.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device  # a mesh may be of machines that are not here (compiling ahead of time)
-    platform = device.platform if device else jax.default_backend()
+    platform, backend = device.platform if device else jax.default_backend(), compute.attention
     if backend == "xla":
         return blocked_causal
     if backend == "cudnn":
@@ -181,7 +182,7 @@ def causal_kernel(backend: str, dtype) -> Kernel:
     if backend == "splash":
         if platform != "tpu":
             raise UserError(f"compute.attention 'splash' needs a TPU, this is {platform}; use 'xla'")
-        return splash_causal
+        return functools.partial(splash_causal, block=compute.splash_block)
     raise UserError(f"compute.attention {backend!r} is unknown; use xla, cudnn or splash")
 
 
@@ -194,7 +195,7 @@ def blocked_causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         block 2   x    x    \\    .
         block 3   x    x    x    \\
 
-    With n blocks it computes (n + 1) / 2n of the square's scores.
+    With n blocks it computes (n + 1) / 2n of the square's scores. The backward pass makes them again and keeps none, as flash kernels do.
 
     Args:
       q: [B, L, H, K], rotated.
@@ -203,25 +204,25 @@ def blocked_causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     Returns:
       [B, L, H, K].
     """
-    length = q.shape[1]
+    length, attend = q.shape[1], jax.checkpoint(dense_attention)
     block = max(_LEAST_BLOCK, -(-length // _MOST_BLOCKS))
     rows = []
     for start in range(0, length, block):
         end = min(start + block, length)
         mask = jnp.arange(start, end)[:, None] >= jnp.arange(end)
-        rows.append(dense_attention(q[:, start:end], k[:, :end], v[:, :end], mask[None]))
+        rows.append(attend(q[:, start:end], k[:, :end], v[:, :end], mask[None]))
     return jnp.concatenate(rows, axis=1) if len(rows) > 1 else rows[0]
 
 
-def splash_causal(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False) -> jax.Array:
-    """Square causal attention by JAX's TPU splash kernel; lengths are padded to the kernel's block of 128.
+def splash_causal(q: jax.Array, k: jax.Array, v: jax.Array, *, block: int = 512, interpret: bool = False) -> jax.Array:
+    """Square causal attention by JAX's TPU splash kernel; lengths are padded to a multiple of its block.
 
     XLA cannot split a Pallas kernel over devices: under the mesh of `jax.set_mesh`, each runs it on its own rows and heads.
     `interpret` runs the kernel's program on any device, slowly, so that tests can hold it against the oracle.
     """
     repeat = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(t, repeat, axis=2) for t in (k, v))
-    local = functools.partial(_splash, interpret=interpret)
+    local = functools.partial(_splash, block=block, interpret=interpret)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
         spec = sharding_for(mesh, ("batch", "slots", "heads", "head_dim"), q.shape).spec
@@ -229,13 +230,17 @@ def splash_causal(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool =
     return local(q, k, v)
 
 
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool) -> jax.Array:
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, *, block: int, interpret: bool) -> jax.Array:
     """The kernel on one device; k and v have as many heads as q."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     length, heads, dim = q.shape[1:]
-    pad = -length % 128
+    block = min(block, length + -length % 128)
+    pad = -length % block
     q, k, v = (jnp.pad(t, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2) for t in (q * dim**-0.5, k, v))
     mask = splash.MultiHeadMask([splash.CausalMask((length + pad, length + pad))] * heads)
-    kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, interpret=interpret)
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )  # fmt: skip
+    kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret)
     return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)[:, :length]

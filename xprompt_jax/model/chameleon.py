@@ -4,16 +4,16 @@
     swin (30B):      h = x + RMS_a(Attn(x));   out = h + RMS_m(MLP(h))
 
 Three ways through the same blocks, which differ only in the `attend` function they hand in:
-    hidden      the training pass: slots, split attention
+    hidden      the training pass: slots of several shapes at once, split attention
     logits      the oracle: any roles, dense mask
     extend      W more tokens per row onto a cache: prefill, decoding, windows of drafts
 """
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,8 @@ from xprompt_jax.mesh import constrain
 from xprompt_jax.model.attention import cached_attention, dense_attention, dense_mask, split_attention
 from xprompt_jax.model.cache import Cache, write
 from xprompt_jax.model.layers import MLP, Attention, dropout, normal, rms_norm, rotary
-from xprompt_jax.model.quantize import Int8, product
+from xprompt_jax.model.product import product
+from xprompt_jax.model.quantize import Int8
 from xprompt_jax.model.xp import init_xp, place_by_role, place_in_slots
 from xprompt_jax.prompt import SlotShape
 
@@ -78,6 +79,39 @@ def remat_policy(name: str):
     }[name]()  # fmt: skip
 
 
+class Rows(NamedTuple):
+    """B rows of one shape, as the training pass takes them."""
+
+    ids: jax.Array
+    """int32 [B, L]."""
+    positions: jax.Array
+    """int32 [B, L]."""
+    example_lengths: jax.Array
+    """int32 [B, E]."""
+    shape: SlotShape
+    """What the L slots are."""
+
+
+def pack(parts: Sequence[jax.Array]) -> jax.Array:
+    """Arrays [B, L, ...] of several B and L as one [P, sum of B L / P, ...], P the greatest number that divides every B.
+
+    Rows are split over devices, whose number divides each B and so P: every device packs what it has.
+    """
+    lanes = math.gcd(*(len(part) for part in parts))
+    packed = [part.reshape(lanes, -1, *part.shape[2:]) for part in parts]
+    return jnp.concatenate(packed, axis=1) if len(packed) > 1 else packed[0]
+
+
+def unpack(x: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
+    """The way back: [P, T, ...] -> [B, L, ...] for each (B, L)."""
+    out, start = [], 0
+    for rows, slots in shapes:
+        size = rows * slots // len(x)
+        out.append(x[:, start : start + size].reshape(rows, slots, *x.shape[2:]))
+        start += size
+    return out
+
+
 def layer_at(blocks: Block, i: int) -> Block:
     """Layer i of the stacked blocks."""
     return jax.tree.map(lambda w: w[i], blocks)
@@ -93,26 +127,20 @@ class Chameleon(nnx.Module):
         self.head = normal(keys[1], (config.dim, config.vocab_size), config.dim**-0.5, dtype)
         self.norm = nnx.Param(jnp.ones(config.dim, dtype))
         self.xp = nnx.Param(init_xp(keys[2], self.embed[...], config.num_xp_tokens))
-        self.blocks: Any = Block(config, keys[3], dtype)  # all layers stacked; `unstacked` makes it a list of layers, and adapters wrap it
+        self.blocks: Any = Block(config, keys[3], dtype)  # all layers stacked; `unstacked` makes it a list of layers
 
-    def hidden(
-        self, ids: jax.Array, positions: jax.Array, shape: SlotShape, example_lengths: jax.Array, compute: ComputeConfig,
-        *, rate: float = 0.0, key: jax.Array | None = None,
-    ) -> jax.Array:  # fmt: skip
-        """The training pass.
+    def hidden(self, parts: Sequence[Rows], compute: ComputeConfig, *, rate: float = 0.0, key: jax.Array | None = None) -> list[jax.Array]:
+        """The training pass, on rows of several shapes at once: every layer's weights are used, and gathered from devices, once.
 
         Args:
-          ids, positions: int32 [B, L], slots of `shape` (ids at XP slots are ignored).
-          example_lengths: int32 [B, E].
+          parts: rows of each shape; ids at XP slots are ignored.
           rate, key: residual-branch dropout; off without a key.
 
         Returns:
-          [B, L, D] in `compute.dtype`, after the final norm.
+          Of each part [B, L, D] in `compute.dtype`, after the final norm.
         """
-        x = place_in_slots(self.embed_tokens(ids, compute), self.xp[...], shape)
-        attend = functools.partial(self._attend_slots, positions, shape, example_lengths, compute.attention)
-        x, _ = self._run(x, attend, compute, rate, key)
-        return self.final(x)
+        x, _ = self._run(self._embed_slots(parts, compute), self._slots_attend(parts, compute), compute, rate, key)
+        return unpack(self.final(x), [part.ids.shape for part in parts])
 
     def encode_examples(
         self, ids: jax.Array, positions: jax.Array, shape: SlotShape, example_lengths: jax.Array, compute: ComputeConfig
@@ -120,16 +148,15 @@ class Chameleon(nnx.Module):
         """What a compiled prompt keeps: keys (normed, not rotated) and values of the XP slots in every layer.
 
         Args:
-          ids, positions, example_lengths: rows with one example each; `shape` has E = 1 and T = 0.
+          ids, positions, shape, example_lengths: as of `Rows`, with one example each; `shape` has E = 1 and T = 0.
 
         Returns:
           k, v: [N, B, S, G, K].
         """
-        x = place_in_slots(self.embed_tokens(ids, compute), self.xp[...], shape)
-        attend = functools.partial(self._attend_slots, positions, shape, example_lengths, compute.attention)
-        slots = slice(shape.context_end, shape.xp_end)
-        _, kv = self._run(x, lambda q, k, v: (attend(q, k, v)[0], (k[:, slots], v[:, slots])), compute)
-        return kv
+        parts = [Rows(ids, positions, example_lengths, shape)]
+        attend, slots = self._slots_attend(parts, compute), slice(shape.context_end, shape.xp_end)
+        keep = lambda q, k, v: (attend(q, k, v)[0], (k[:, slots], v[:, slots]))
+        return self._run(self._embed_slots(parts, compute), keep, compute)[1]
 
     def logits(
         self, ids: jax.Array, roles: jax.Array, groups: jax.Array, positions: jax.Array, segments: jax.Array,
@@ -157,9 +184,22 @@ class Chameleon(nnx.Module):
         """The norm before the head."""
         return rms_norm(x, self.norm[...], self.config.norm_eps)
 
-    def _attend_slots(self, positions, shape, example_lengths, backend, q, k, v):
-        q, k = (rotary(t, positions, self.config.rope_theta) for t in (q, k))
-        return split_attention(q, k, v, shape, example_lengths, backend), None
+    def _embed_slots(self, parts: Sequence[Rows], compute: ComputeConfig) -> jax.Array:
+        """Embedded tokens with the XP rows in their slots, packed."""
+        x = self.embed_tokens(pack([part.ids for part in parts]), compute)
+        rows = unpack(x, [part.ids.shape for part in parts])
+        return pack([place_in_slots(x, self.xp[...], part.shape) for x, part in zip(rows, parts, strict=True)])
+
+    def _slots_attend(self, parts: Sequence[Rows], compute: ComputeConfig) -> Attend:
+        """Attention of packed rows: all else in a block looks at single tokens, so here alone the rows are taken apart."""
+        positions, shapes = pack([part.positions for part in parts]), [part.ids.shape for part in parts]
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+            q, k = (rotary(t, positions, self.config.rope_theta) for t in (q, k))
+            apart = zip(parts, *(unpack(t, shapes) for t in (q, k, v)), strict=True)
+            return pack([split_attention(q, k, v, part.shape, part.example_lengths, compute) for part, q, k, v in apart]), None
+
+        return attend
 
     def _run(self, x: jax.Array, attend: Attend, compute: ComputeConfig, rate: float = 0.0, key: jax.Array | None = None):
         """x through all layers; returns (x, outputs of attend stacked over layers)."""

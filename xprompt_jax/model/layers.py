@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from xprompt_jax.config import ModelConfig
 from xprompt_jax.mesh import constrain
-from xprompt_jax.model.quantize import product
+from xprompt_jax.model.product import product
 
 LAYER_NORM_EPS = 1e-5
 

@@ -29,7 +29,7 @@ _MATRICES = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "gate": 1, "up": 1, "down": 1, 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int8:
-    """An array as values * scale. It may stand in a parameter where an array does, if `product` is what reads it."""
+    """An array as values * scale. It may stand in a parameter where an array does, if product.py is what reads it."""
 
     values: jax.Array
     """int8."""
@@ -67,18 +67,3 @@ def quantized(model: Module) -> Module:
     """The decoder, its layers apart, with int8 matrices. Works inside jit."""
     params: dict[str, Any] = {name: quantized_parameter(name, value) for name, value in flatten(model).items()}
     return unflatten(model, params)
-
-
-def product(equation: str, x: jax.Array, weight: jax.Array | Int8, dtype: Any = None) -> jax.Array:
-    """einsum of activations and a weight, which is read in their type.
-
-    Args:
-      equation: the weight's input dimensions lead, its output dimensions come last in the result.
-      x: with at least as many leading dimensions as the weight has inputs.
-      dtype: of the result, and of its sums where it is wider than x; None is x's.
-    """
-    if not isinstance(weight, Int8):
-        return jnp.einsum(equation, x, weight.astype(x.dtype), preferred_element_type=dtype)
-    values, x = jax.lax.optimization_barrier((weight.values, x))  # x is of this step, so the conversion is as well
-    out = jnp.einsum(equation, x, values.astype(x.dtype), preferred_element_type=jnp.float32)
-    return (out * weight.scale).astype(dtype or x.dtype)

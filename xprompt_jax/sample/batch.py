@@ -188,13 +188,13 @@ def draw_folder(
       instruction: for requests that have none; None takes the task's.
       seed: for requests that have none.
       num_images: images for each request.
-      sampling: guidance, temperature, top_k, top_p, decoding of `XPrompt.generate`.
+      sampling: guidance, temperature, top_k, top_p, decoding and window of `XPrompt.generate`.
       overwrite: forget what `out` holds and draw it again.
 
     Raises:
       UserError: `task` is another model's, `out` holds images of other settings or another model, or cannot be written.
     """
-    from xprompt_jax.sample.draw import MAX_BATCH
+    from xprompt_jax.sample.draw import MAX_BATCH, check_prompt
 
     if task is not None:
         task.check(model)
@@ -225,9 +225,10 @@ def draw_folder(
             ready, codes = [], []
             for plan in batch:
                 try:
-                    if plan.request.input is not None:
-                        codes.append(model.encode_images([plan.request.input])[0])
+                    found = [] if plan.request.input is None else [model.encode_images([plan.request.input])[0]]
+                    check_prompt(model, plan.told["instruction"], *found, window=sampling["window"])
                     ready.append(plan)
+                    codes += found
                 except UserError as e:
                     failed += 1
                     folder.fail(plan.request, e)
@@ -347,7 +348,7 @@ class _Folder:
     def fail(self, request: Request, error: UserError) -> None:
         """Notes a request that cannot be used."""
         log.warning("left out: %s", error)
-        _append(self._errors, [{"input": str(request.input), "error": str(error)}])
+        _append(self._errors, [{"input": str(request.input or request.instruction), "error": str(error)}])
 
 
 def _key(record: Mapping[str, Any]) -> tuple:

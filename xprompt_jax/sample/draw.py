@@ -25,7 +25,7 @@ from tqdm import tqdm
 from xprompt_jax.errors import UserError
 from xprompt_jax.sample.compiled import CompiledPrompt
 from xprompt_jax.sample.logits import Sampling
-from xprompt_jax.sample.prefill import prefill
+from xprompt_jax.sample.prefill import check_room, prefill
 from xprompt_jax.sample.speculative import decode_image, start
 from xprompt_jax.tokens import CODE
 
@@ -120,6 +120,17 @@ def check_list(values: Any, name: str, what: str) -> None:
         raise UserError(f"{name} takes a list; put the {what} into [ ]")
     if not len(values):
         raise UserError(f"{name} needs at least one {what}")
+
+
+def check_prompt(model: XPrompt, text: str, code: np.ndarray | None = None, *, window: int) -> None:
+    """Refuses what `draw` would: a task on an image (its codes), or a text to draw, that leaves no room for an image.
+
+    Raises:
+      UserError: it is too long.
+    """
+    prompter, grid = model.prompter, model.config.vq.grid
+    prompt = prompter.text_task(text) if code is None else prompter.task(text, code)
+    check_room(len(prompt), prompter.layout.num_tokens(grid, grid) + window)
 
 
 def pad_rows(rows: Sequence[int]) -> list[int]:

@@ -35,6 +35,22 @@ MAX_TOKENS = 16384
 """Most tokens of a row, prompt and answer: three times the longest context that the family's papers name (5120)."""
 
 
+def round_up(length: int, step: int) -> int:
+    """The next multiple of `step`, at least one of them."""
+    return max(step, -(-length // step) * step)
+
+
+def check_room(prompt: int, room: int) -> None:
+    """Refuses a prompt of so many tokens that those to come do not fit behind it.
+
+    Raises:
+      UserError: both are more than MAX_TOKENS.
+    """
+    if prompt + room > MAX_TOKENS:
+        raise UserError(f"a prompt of {prompt} tokens and {room} to come do not fit {MAX_TOKENS}: shorten the text, give fewer images, "
+                        "or ask for less")  # fmt: skip
+
+
 def prefill(
     model: Chameleon, config: ModelConfig, contexts: Sequence[CompiledPrompt | None], prompts: Sequence[np.ndarray], bos: int,
     *, room: int, dtype, cache_dtype=None, piece: int = PIECE,
@@ -54,11 +70,9 @@ def prefill(
       UserError: a prompt and what is to come after it are longer than MAX_TOKENS.
     """
     longest = max(len(p) for p in prompts)
-    if longest + room > MAX_TOKENS:
-        raise UserError(f"a prompt of {longest} tokens and {room} to come do not fit {MAX_TOKENS}: shorten the text, give fewer images, "
-                        "or ask for less")  # fmt: skip
+    check_room(longest, room)
     batch, most = len(prompts), max((c.num_examples if c else 0) for c in contexts)
-    width = max(PROMPT_STEP, -(-longest // PROMPT_STEP) * PROMPT_STEP)
+    width = round_up(longest, PROMPT_STEP)
     xp = next((c.k.shape[2] for c in contexts if c), 0)
     shape = (config.num_layers, batch, most * xp, config.num_kv_heads, config.head_dim)
     k, v = np.zeros(shape, np.float32), np.zeros(shape, np.float32)

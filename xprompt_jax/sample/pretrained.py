@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from xprompt_jax.config import ComputeConfig, ModelConfig, to_json
 from xprompt_jax.convert.adapt import Adaptation, Adapted
@@ -19,7 +19,7 @@ from xprompt_jax.convert.formats import open_source
 from xprompt_jax.convert.native import save_folder
 from xprompt_jax.convert.weights import VQGAN_PREFIX, Source, load_vqgan, tokenizer_of
 from xprompt_jax.errors import UserError
-from xprompt_jax.mesh import sharding_for, whole_array
+from xprompt_jax.mesh import place, whole_array
 from xprompt_jax.model.chameleon import Chameleon, unstacked
 from xprompt_jax.model.params import flatten, logical_axes, stacked, unflatten
 from xprompt_jax.model.quantize import Int8, quantized_parameter
@@ -72,19 +72,14 @@ def load_apart(source: Source, *, dtype, mesh: Mesh | None, int8: bool) -> tuple
       model, as bfloat16 is.
     """
     like = jax.eval_shape(lambda: unstacked(Chameleon(source.config, jax.random.key(0), dtype)))
-
-    def put(name: str, value: np.ndarray) -> jax.Array:
-        whole, layer = stacked(name)
-        axes = logical_axes(whole)[layer is not None :]
-        sharding = SingleDeviceSharding(jax.devices()[0]) if mesh is None else sharding_for(mesh, axes, value.shape)
-        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
-
     params: dict[str, Any] = {}
     beginnings: dict[str, np.ndarray] = {}
     for name in flatten(like):
         value = source.read(name).astype(dtype)
         beginnings[name] = np.array(value if name == "xp" else value.reshape(-1)[:_TELLING])
-        params[name] = quantized_parameter(name, put(name, value)) if int8 else put(name, value)
+        whole, layer = stacked(name)
+        placed = place(value, logical_axes(whole)[layer is not None :], mesh)
+        params[name] = quantized_parameter(name, placed) if int8 else placed
     return unflatten(like, params), beginnings
 
 

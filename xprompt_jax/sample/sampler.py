@@ -33,29 +33,20 @@ from xprompt_jax.sample.defaults import defaults as settings
 from xprompt_jax.sample.defaults import override
 from xprompt_jax.sample.draw import MAX_BATCH as MAX_BATCH
 from xprompt_jax.sample.draw import check_list, draw
+from xprompt_jax.sample.example import Example as Example
+from xprompt_jax.sample.example import ImageLike
 from xprompt_jax.sample.guidance import Guidance
 from xprompt_jax.sample.logits import Sampling
 from xprompt_jax.sample.oracle import check_slots
-from xprompt_jax.sample.prefill import PROMPT_STEP
+from xprompt_jax.sample.prefill import PROMPT_STEP, round_up
 from xprompt_jax.sample.thumbnails import thumbnail
-from xprompt_jax.sample.write import parts, write
+from xprompt_jax.sample.write import answers, write
 from xprompt_jax.tokens import Layout, Tokenizer
 
 if TYPE_CHECKING:
     from xprompt_jax.data.retrieval import Encoder, RetrievalIndex
 
 log = logging.getLogger(__name__)
-
-ImageLike = Any  # a PIL image, a path, a uint8 array [height, width, 3], or codes of the model's VQGAN, int32 [grid, grid]
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """One demonstration: what goes in, what comes out, and (optionally) what was asked for."""
-
-    input: ImageLike
-    output: ImageLike
-    instruction: str = ""
 
 
 class XPrompt:
@@ -178,6 +169,8 @@ class XPrompt:
           UserError: no example, or an image that cannot be read.
         """
         check_list(examples, "compile", "example")
+        if not all(isinstance(e, Example) for e in examples):
+            raise UserError("compile takes a list of Example(input, output, instruction)")
         codes = self.encode_images([image for e in examples for image in (e.input, e.output)])
         tokens = [self.prompter.example(e.instruction, codes[2 * i], codes[2 * i + 1]) for i, e in enumerate(examples)]
         return dataclasses.replace(
@@ -187,7 +180,8 @@ class XPrompt:
 
     def _compile_tokens(self, examples: Sequence[np.ndarray]) -> CompiledPrompt:
         vocab = self.tokenizer.vocab
-        shape = SlotShape(1, _round_up(max(len(e) for e in examples), PROMPT_STEP), self.config.num_xp_tokens, 0)
+        context = round_up(max(len(e) for e in examples), PROMPT_STEP)
+        shape = SlotShape(1, context, self.config.num_xp_tokens, 0)
         nothing = np.zeros(0, np.int32)
         rows = [fill(Sample((e,), nothing, nothing), shape, bos=vocab.bos, pad=vocab.pad) for e in examples]
         batch = stack(rows, 1)
@@ -317,9 +311,9 @@ class XPrompt:
         check_list(tasks, "describe", "task")
         base = settings(defaults)
         contexts = [self._contexts(task, 1)[0] for task in tasks]
-        rows = write(
+        *_, rows = write(
             self, [(c, self.prompter.text_task(question)) for c in contexts], seed=seed, max_tokens=max_tokens, max_images=0, scale=1.0,
-            text=override(base.text, temperature, top_k, top_p), image=base.image,
+            text=override(base.text, temperature, top_k, top_p), image=base.image, window=1,
             repetition_penalty=base.repetition_penalty if repetition_penalty is None else repetition_penalty,
         )  # fmt: skip
         return [self.tokenizer.decode(row).strip() for row in rows]
@@ -328,7 +322,7 @@ class XPrompt:
         self, prompts: Sequence[str | Sequence[str | ImageLike]], task: CompiledPrompt | Sequence[Example] | None = None, *,
         seed: int = 0, max_tokens: int | None = None, max_images: int | None = None, defaults: str = "plain",
         guidance: float | Guidance | None = None, text: Sampling | None = None, image: Sampling | None = None,
-        repetition_penalty: float | None = None,
+        repetition_penalty: float | None = None, window: int = 16,
     ) -> list[list[str | PIL.Image.Image]]:  # fmt: skip
         """Answers prompts of texts and images with texts and images, as the model likes.
 
@@ -342,6 +336,7 @@ class XPrompt:
           guidance: scale on everything before an image, while it is drawn.
           text, image: how words and codes are drawn.
           repetition_penalty: makes words that were written already less likely; 1 is off.
+          window: tokens of an image computed in a pass, as of `generate` under "jacobi": it changes nothing but time.
 
         Returns:
           For each prompt its texts and PIL images in order; empty if the model has nothing to say.
@@ -350,19 +345,31 @@ class XPrompt:
           UserError: no prompt, an unreadable image, an unknown name, a number out of its range, a prompt too long, a model
             whose logits are no numbers.
         """
+        *_, answer = self.stream_interleave(
+            prompts, task, seed=seed, max_tokens=max_tokens, max_images=max_images, defaults=defaults, guidance=guidance, text=text,
+            image=image, repetition_penalty=repetition_penalty, window=window, partial=False,
+        )  # fmt: skip
+        return answer
+
+    def stream_interleave(
+        self, prompts: Sequence[str | Sequence[str | ImageLike]], task: CompiledPrompt | Sequence[Example] | None = None, *,
+        seed: int = 0, max_tokens: int | None = None, max_images: int | None = None, defaults: str = "plain",
+        guidance: float | Guidance | None = None, text: Sampling | None = None, image: Sampling | None = None,
+        repetition_penalty: float | None = None, window: int = 16, partial: bool = True,
+    ) -> Iterator[list[list[str | PIL.Image.Image]]]:  # fmt: skip
+        """As `interleave`, but yields all answers so far every few words and rows of codes, as `stream` does."""
         check_list(prompts, "interleave", "prompt")
         base, frame = settings(defaults), self.prompter.layout.num_tokens(self.config.vq.grid, self.config.vq.grid)
         scale = base.guidance if guidance is None else guidance
         max_tokens = 256 + frame if max_tokens is None else max_tokens
         context = None if task is None else self._contexts(task, 1)[0]
-        rows = write(
-            self, [(context, self._mixed(p)) for p in prompts], seed=seed, max_tokens=max_tokens,
+        yield from answers(
+            self, [(context, self._mixed(p)) for p in prompts], partial=partial, seed=seed, max_tokens=max_tokens,
             max_images=max_tokens // frame if max_images is None else max_images,
             scale=(scale if isinstance(scale, Guidance) else Guidance(text=float(scale))).text, text=text or base.text,
-            image=image or base.image,
+            image=image or base.image, window=window,
             repetition_penalty=base.repetition_penalty if repetition_penalty is None else repetition_penalty,
         )  # fmt: skip
-        return [parts(self, row) for row in rows]
 
     def _mixed(self, prompt: str | Sequence[str | ImageLike]) -> np.ndarray:
         ids: list[int] = []
@@ -392,7 +399,3 @@ class XPrompt:
     @functools.cached_property
     def _logits(self):
         return jax.jit(functools.partial(Chameleon.logits, compute=self.compute))
-
-
-def _round_up(n: int, step: int) -> int:
-    return max(step, -(-n // step) * step)

@@ -8,14 +8,17 @@
     image    follows the layout's template: where it has an id, that id; where it has CODE, an image code and nothing else
 
 So an image has exactly its rows x columns codes and its frame, no XP or reserved id is ever written, and a caption or a
-difference description is the case of no images. Images can be guided away from the text: each row then has a second one
-that sees the image alone, from begin-image on (Lumina's negative context; facts: inference.md 6).
+difference description is the case of no images. Words come one in a pass. Inside an image a window of tokens is computed in a
+pass, and what agrees with its drafts is kept, exactly as in speculative.py under the rule jacobi; drafts are the pass before, and
+for a second image the first. Images can be guided away from the text: each row then has a second one that sees the image alone,
+from begin-image on (Lumina's negative context; facts: inference.md 6).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -26,6 +29,7 @@ import PIL.Image
 from xprompt_jax.errors import UserError
 from xprompt_jax.model.cache import Cache
 from xprompt_jax.model.chameleon import Chameleon, extend, project_logits
+from xprompt_jax.model.quantize import Int8
 from xprompt_jax.sample.draw import MAX_BATCH, Prompt, check_sane, explained_memory, image_keys, pad_rows
 from xprompt_jax.sample.logits import Sampling, choose, gumbel, penalise_repeats
 from xprompt_jax.sample.prefill import prefill
@@ -34,8 +38,12 @@ from xprompt_jax.tokens import CODE, Vocabulary
 if TYPE_CHECKING:
     from xprompt_jax.sample.sampler import XPrompt
 
-_STEPS = 32
-"""Tokens between two looks at whether all rows have ended."""
+log = logging.getLogger(__name__)
+
+_PASSES = 32
+"""Passes between two looks at what has been written."""
+_ROOM = 32
+"""Rows have room for a multiple of it: another max_tokens seldom compiles anything."""
 
 
 class Rows(NamedTuple):
@@ -43,16 +51,24 @@ class Rows(NamedTuple):
 
     cache: Cache
     """2B rows under guidance, the ones that see an image alone behind; holds everything before `token`."""
+    out: jax.Array
+    """int32 [B, n + W], what was written; -1 where nothing was yet."""
+    number: jax.Array
+    """int32 [B], how much of it there is."""
     token: jax.Array
     """int32 [B], the newest token of each row."""
     place: jax.Array
     """int32 [B], its place in an image's template; -1 in text."""
+    guess: jax.Array
+    """int32 [B, template + W], the image of each row: final up to `place`, drafts behind it."""
     images: jax.Array
     """int32 [B], images the row may still begin."""
     seen: jax.Array
     """bool [B, V], words written so far."""
     done: jax.Array
     """bool [B], rows that have ended."""
+    passes: jax.Array
+    """int32, passes so far."""
     sane: jax.Array
     """bool, whether all logits were finite."""
 
@@ -70,71 +86,88 @@ class Words(NamedTuple):
     """int32, id of code 0."""
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "num_codes", "dtype"), donate_argnames=("rows",))
+@functools.partial(jax.jit, static_argnames=("window", "dtype"), donate_argnames=("rows",))
 def write_tokens(
-    model: Chameleon, rows: Rows, words: Words, written: jax.Array, limit: jax.Array, keys: jax.Array, scale: jax.Array,
-    text: Sampling, image: Sampling, penalty: jax.Array, *, steps: int, num_codes: int, dtype: str,
-) -> tuple[Rows, jax.Array]:  # fmt: skip
-    """Writes `steps` more tokens.
+    model: Chameleon, image_head: jax.Array | Int8 | None, rows: Rows, words: Words, limit: jax.Array, keys: jax.Array,
+    scale: jax.Array, text: Sampling, image: Sampling, penalty: jax.Array, *, window: int, dtype: str,
+) -> Rows:  # fmt: skip
+    """Goes on for some passes, while there are rows in an image (with its head) or while all rows are in text (without).
 
     Args:
       model: decoder with its layers apart.
+      image_head: [D, codes], the head's columns of the image codes; None writes words.
       rows: from before.
       words: the vocabulary.
-      written: int32, tokens written before (numbers the noise).
       limit: int32, most tokens of a row; whatever is begun fits into them.
       keys: [B].
       scale: guidance on the text while an image is drawn, where the cache has rows for it.
       text, image: sampling.
       penalty: of words that were written already.
+      window: tokens computed per pass; 1 where words are written.
       dtype: of the computation.
-
-    Returns:
-      rows, and int32 [B, steps] tokens; -1 after the end of a row.
     """
     batch, end = rows.token.shape[0], words.template.shape[0] - 1
     guided = rows.cache.length.shape[0] > batch
-    head, embed = model.head[...], model.embed[...].astype(dtype)
+    head, embed, index = model.head[...], model.embed[...].astype(dtype), jnp.arange(window)
+    cut = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, window))
+    put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, 0))
 
-    def step(rows: Rows, number: jax.Array) -> tuple[Rows, jax.Array]:
-        cache = rows.cache
+    def one_pass(rows: Rows) -> Rows:
+        cache, in_image, begin = rows.cache, rows.place >= 0, words.template[0]
         if guided:  # the second rows begin again with every image: bos, begin-image, codes
             alone = 1 + jnp.maximum(rows.place, 0)
             join = lambda full: jnp.concatenate([full[:batch], alone])
             cache = Cache(cache.k, cache.v, join(cache.length), join(cache.position))
-        x = embed[jnp.tile(rows.token, 2 if guided else 1)[:, None]]
-        h, cache = extend(model.blocks, x, cache, jnp.ones_like(cache.length), model.config.rope_theta)
-        logits = project_logits(model.final(h), head)[:, 0]
+        fed = cut(rows.guess, jnp.maximum(rows.place, 0)).at[:, 0].set(rows.token)
+        x = embed[jnp.tile(fed, (2 if guided else 1, 1))]
+        h, cache = extend(model.blocks, x, cache, jnp.zeros_like(cache.length), model.config.rope_theta)
+        h = model.final(h)
+
+        logits = project_logits(h[:batch, 0], head)
         sane = rows.sane & jnp.all(jnp.isfinite(logits))
-        noise = gumbel(keys, jnp.full((batch, 1), number), logits.shape[-1])[:, 0]
-        codes_of = lambda t: jax.lax.dynamic_slice_in_dim(t, words.image_start, num_codes, axis=1)
+        may_begin = (rows.images > 0) & (limit - rows.number > end)
+        vocabulary = jnp.arange(logits.shape[1])
+        allowed = words.text | ((vocabulary == begin) & may_begin[:, None])
+        noise = gumbel(keys, rows.number[:, None], logits.shape[1])[:, 0]
+        word = choose(jnp.where(allowed, penalise_repeats(logits, rows.seen, penalty), -jnp.inf), noise, text)
+        proposal, kept, guess = word[:, None], jnp.ones_like(rows.number), rows.guess
+        if image_head is not None:
+            codes = project_logits(h, image_head)
+            sane &= jnp.all(jnp.isfinite(codes))
+            if guided:
+                codes = (1 - scale) * codes[batch:] + scale * codes[:batch]
+            drawn = choose(codes, gumbel(keys, rows.number[:, None] + index, codes.shape[-1]), image) + words.image_start
+            forced = words.template[jnp.minimum(rows.place[:, None] + 1 + index, end)]
+            proposal = jnp.where(in_image[:, None], jnp.where(forced == CODE, drawn, forced), proposal)
+            agrees = jnp.sum(jnp.cumprod(fed[:, 1:] == proposal[:, :-1], axis=1), axis=1)
+            kept = jnp.where(in_image, jnp.minimum(1 + agrees, end - rows.place), 1).astype(jnp.int32)
+            guess = jnp.where(in_image[:, None], put(guess, proposal, rows.place + 1), guess)
 
-        begin = words.template[0]
-        may_begin = (rows.images > 0) & (limit - number > end)
-        allowed = words.text | ((jnp.arange(logits.shape[1]) == begin) & may_begin[:, None])
-        word = choose(jnp.where(allowed, penalise_repeats(logits[:batch], rows.seen, penalty), -jnp.inf), noise, text)
-        codes = codes_of(logits[:batch])
-        if guided:
-            codes = (1 - scale) * codes_of(logits[batch:]) + scale * codes
-        code = choose(codes, codes_of(noise), image) + words.image_start
-        forced = words.template[jnp.minimum(rows.place + 1, end)]
-        token = jnp.where(rows.place < 0, word, jnp.where(forced == CODE, code, forced))
+        kept = jnp.where(rows.done, 0, kept)
+        newest = jnp.take_along_axis(proposal, jnp.maximum(kept - 1, 0)[:, None], axis=1)[:, 0]
+        token = jnp.where(rows.done, rows.token, newest)
+        began = ~in_image & (token == begin) & ~rows.done
+        place = jnp.where(in_image, rows.place + kept, jnp.where(began, 0, -1))
+        place = jnp.where(place == end, -1, place)
+        number, out = rows.number + kept, put(rows.out, jnp.where(index < kept[:, None], proposal, -1), rows.number)
+        done = rows.done | ((place < 0) & words.ends[token]) | (number >= limit)
+        seen = rows.seen | (~in_image[:, None] & (vocabulary == token[:, None]))
+        moved = jnp.tile(kept, 2 if guided else 1)
+        cache = Cache(cache.k, cache.v, cache.length + moved, cache.position + moved)
+        return Rows(cache, out, number, token, place, guess, rows.images - began, seen, done, rows.passes + 1, sane)
 
-        began = (rows.place < 0) & (token == begin)
-        place = jnp.where(rows.place < 0, jnp.where(began, 0, -1), jnp.where(rows.place + 1 == end, -1, rows.place + 1))
-        done = rows.done | ((place < 0) & words.ends[token]) | (number + 1 >= limit)
-        seen = rows.seen | (jnp.arange(logits.shape[1]) == token[:, None])
-        out = jnp.where(rows.done, -1, token)
-        return Rows(cache, token, place, rows.images - began, seen, done, sane), out
+    def goes_on(rows: Rows) -> jax.Array:
+        drawing = jnp.any(rows.place >= 0)
+        return (rows.passes < first + _PASSES) & ~jnp.all(rows.done) & (~drawing if image_head is None else drawing)
 
-    rows, tokens = jax.lax.scan(step, rows, written + jnp.arange(steps))
-    return rows, tokens.T
+    first = rows.passes
+    return jax.lax.while_loop(goes_on, one_pass, rows)
 
 
 def write(
     model: XPrompt, prompts: Sequence[Prompt], *, seed: int, max_tokens: int, max_images: int, scale: float, text: Sampling,
-    image: Sampling, repetition_penalty: float,
-) -> list[np.ndarray]:  # fmt: skip
+    image: Sampling, repetition_penalty: float, window: int,
+) -> Iterator[list[np.ndarray]]:  # fmt: skip
     """Goes on with every prompt until it ends.
 
     Args:
@@ -144,47 +177,53 @@ def write(
       max_tokens: of a row.
       max_images: of a row.
       scale: guidance on the text while an image is drawn; 1 is off.
+      window: tokens of an image computed at once; it changes no token.
 
-    Returns:
-      For each prompt int32 [n], its tokens up to its end.
+    Yields:
+      After some tokens, and at the end: for each prompt int32 [n], its tokens so far.
 
     Raises:
       UserError: a number out of its range, logits that are no numbers, or too much for the device's memory.
     """
-    if max_tokens < 1 or max_images < 0 or repetition_penalty <= 0:
-        raise UserError(f"max_tokens {max_tokens} must be at least 1, max_images {max_images} not negative, "
+    if max_tokens < 1 or max_images < 0 or repetition_penalty <= 0 or window < 1:
+        raise UserError(f"max_tokens {max_tokens} and window {window} must be at least 1, max_images {max_images} not negative, "
                         f"repetition_penalty {repetition_penalty} positive")  # fmt: skip
-    out: list[np.ndarray] = []
     vocab, grid, size = model.tokenizer.vocab, model.config.vq.grid, model.config.vocab_size
     words = _words(vocab, model.prompter.layout.template(grid, grid), size, model.config.layout)
+    room = -(-max_tokens // _ROOM) * _ROOM + window
+    image_head = model.image_head if max_images else None
+    written: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
     for first in range(0, len(prompts), MAX_BATCH):
         turn = prompts[first : first + MAX_BATCH]
         given = [turn[i] for i in pad_rows(range(len(turn)))]
         batch, guided = len(given), scale != 1 and max_images > 0
         before = [(c, p[:-1]) for c, p in given] + [(None, np.zeros(0, np.int32))] * (batch * guided)
         with explained_memory():
-            # Room for whole turns of _STEPS: another max_tokens seldom compiles anything, and rows that have ended may go on in vain.
             cache = prefill(
                 model.layers_apart, model.config, [c for c, _ in before], [p for _, p in before], vocab.bos,
-                room=-(-max_tokens // _STEPS) * _STEPS, dtype=model.compute.dtype, cache_dtype=model.cache_dtype,
+                room=room, dtype=model.compute.dtype, cache_dtype=model.cache_dtype,
             )  # fmt: skip
+        drafts = np.where(words.template == CODE, words.image_start, words.template)
         rows = Rows(
-            cache, jnp.asarray([p[-1] for _, p in given], jnp.int32), jnp.full(batch, -1, jnp.int32),
-            jnp.full(batch, max_images, jnp.int32), jnp.zeros((batch, size), bool), jnp.zeros(batch, bool), jnp.bool(True),
+            cache, out=jnp.full((batch, room), -1, jnp.int32), number=jnp.zeros(batch, jnp.int32),
+            token=jnp.asarray([p[-1] for _, p in given], jnp.int32), place=jnp.full(batch, -1, jnp.int32),
+            guess=jnp.asarray(np.tile(np.pad(drafts, (0, window), mode="edge"), (batch, 1)), jnp.int32),
+            images=jnp.full(batch, max_images, jnp.int32), seen=jnp.zeros((batch, size), bool), done=jnp.zeros(batch, bool),
+            passes=jnp.int32(0), sane=jnp.bool(True),
         )  # fmt: skip
-        written: list[np.ndarray] = []
         keys = image_keys(seed, [0] * batch)
-        while len(written) * _STEPS < max_tokens and not bool(rows.done.all()):
+        while not bool(rows.done.all()):
+            drawing = bool((rows.place >= 0).any())
             with explained_memory():
-                rows, tokens = write_tokens(
-                    model.layers_apart, rows, words, np.int32(len(written) * _STEPS), np.int32(max_tokens), keys, np.float32(scale),
-                    text, image, np.float32(repetition_penalty), steps=_STEPS, num_codes=vocab.num_codes, dtype=model.compute.dtype,
+                rows = write_tokens(
+                    model.layers_apart, image_head if drawing else None, rows, words, np.int32(max_tokens), keys, np.float32(scale), text,
+                    image, np.float32(repetition_penalty), window=window if drawing else 1, dtype=model.compute.dtype,
                 )  # fmt: skip
-                written.append(np.asarray(tokens))
+                out = np.asarray(rows.out)
             check_sane(rows.sane, model.compute.dtype)
-        tokens = np.concatenate(written, axis=1)[: len(turn)]
-        out += [row[row >= 0] for row in tokens]
-    return out
+            written[first : first + len(turn)] = [row[row >= 0] for row in out[: len(turn)]]
+            yield list(written)
+        log.debug("%d tokens of %d rows in %d passes", sum(map(len, written[first:])), len(turn), int(rows.passes))
 
 
 def _words(vocab: Vocabulary, template: np.ndarray, size: int, layout: str) -> Words:
@@ -196,17 +235,33 @@ def _words(vocab: Vocabulary, template: np.ndarray, size: int, layout: str) -> W
     return Words(text, ends, template, np.int32(vocab.image_start))
 
 
+def answers(
+    model: XPrompt, prompts: Sequence[Prompt], *, partial: bool, **options: Any
+) -> Iterator[list[list[str | PIL.Image.Image]]]:  # fmt: skip
+    """What `write` writes as texts and images: when it has ended, or (partial) also after some tokens; its arguments and errors."""
+    rows: list[np.ndarray] = []
+    for rows in write(model, prompts, **options):
+        if partial:
+            yield [parts(model, row) for row in rows]
+    if not partial:
+        yield [parts(model, row) for row in rows]
+
+
 def parts(model: XPrompt, tokens: np.ndarray) -> list[str | PIL.Image.Image]:
-    """What `write` wrote, as texts and images in their order."""
+    """Tokens that `write` wrote, as texts and images in their order; what is not drawn yet repeats an image's first code."""
     vocab, layout, grid = model.tokenizer.vocab, model.prompter.layout, model.config.vq.grid
     out: list[str | PIL.Image.Image] = []
-    size, at = layout.num_tokens(grid, grid), 0
+    template, at = layout.template(grid, grid), 0
     while at < len(tokens):
         begins = np.nonzero(tokens[at:] == vocab.boi)[0]
         end = at + int(begins[0]) if begins.size else len(tokens)
         if text := model.tokenizer.decode(tokens[at:end]).strip():
             out.append(text)
+        at = end + len(template)
         if begins.size:
-            out += model.decode_images(layout.decode(tokens[end : end + size], grid, grid)[None])
-        at = end + size
+            drawn = tokens[end:at]
+            codes = drawn[template[: len(drawn)] == CODE]
+            missing = np.full(grid * grid - len(codes), codes[0] if len(codes) else vocab.image_start)
+            square = np.concatenate([codes, missing]).reshape(1, grid, grid) - vocab.image_start
+            out += model.decode_images(square)
     return out

@@ -8,24 +8,23 @@ lie on the mesh like it. B starts at zero, so that a run starts at the base mode
     gate, up     [N, D, F]          a [N, D, rank]      b [N, rank, F]
     down         [N, F, D]          a [N, F, rank]      b [N, rank, D]
 
-The training pass merges one layer at a time, inside the layer; the export merges all of them by the same function, so what is trained is
-what is written. Merging costs 2 rank operations a weight, and none a token. The gradient of a merged matrix is made on the way to A's and
-B's, of one layer at a time. Under any `compute.remat` but none, what was merged is made again in the backward pass and not kept.
+The training pass computes x W + scale (x A) B: no merged matrix exists, no gradient of one is made, and devices sum the gradients of A and
+B alone. The export merges (`merge_adapters`): up to rounding, what is written is what was trained.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from xprompt_jax.config import Config
 from xprompt_jax.errors import UserError
-from xprompt_jax.model.chameleon import Attend, Block, Chameleon
-from xprompt_jax.model.params import flatten, logical_axes, unflatten
+from xprompt_jax.model.params import logical_axes
+from xprompt_jax.model.product import LowRank
 
 Params = dict[str, jax.Array]
 
@@ -77,41 +76,20 @@ def adapter_axes(name: str) -> tuple[str | None, ...]:
     return {"a": (layers, *into, None), "b": (layers, None, *out)}[side]
 
 
-def merged(name: str, matrix: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
-    """matrix + scale A B, float32, for any number of stacked layers."""
-    product = "nhkr,nrd->nhkd" if _inputs(name) == 2 else "nir,nr...->ni..."
-    return matrix.astype(jnp.float32) + scale * jnp.einsum(product, a, b)
-
-
 def merge_adapters(params: Mapping[str, jax.Array]) -> Params:
-    """All parameters of the model, with the adapters among `params` merged into their matrices: what is written and drawn from."""
+    """All parameters of the model, adapters merged into their matrices (which are then float32): what is written and drawn from."""
     rest = {name: value for name, value in params.items() if not name.startswith(PREFIX)}
     for name in [n for n in rest if f"{PREFIX}{n}.a" in params]:
-        rest[name] = merged(name, rest[name], params[f"{PREFIX}{name}.a"], params[f"{PREFIX}{name}.b"], params[SCALE])
+        product = "nhkr,nrd->nhkd" if _inputs(name) == 2 else "nir,nr...->ni..."
+        added = jnp.einsum(product, params[f"{PREFIX}{name}.a"], params[f"{PREFIX}{name}.b"])
+        rest[name] = rest[name].astype(jnp.float32) + params[SCALE] * added
     return rest
 
 
-class AdaptedBlock(nnx.Module):
-    """A block and its adapters, stacked over all layers, that passes for a block."""
-
-    def __init__(self, block: Block, params: Mapping[str, jax.Array]):
-        self.block = block
-        self.adapters = nnx.data({n: v for n, v in params.items() if n.startswith(PREFIX) and n != SCALE})
-        # One for each layer, as everything in a stack.
-        self.scale = nnx.Param(jnp.broadcast_to(params[SCALE], block.attention_norm[...].shape[:1]))
-
-    def __call__(self, x: jax.Array, attend: Attend, rate: float = 0.0, key: jax.Array | None = None):
-        """As `Block`, of one layer."""
-        weights = flatten(self.block)
-        for name in [n for n in weights if f"{PREFIX}blocks.{n}.a" in self.adapters]:
-            # A stack of one layer: so its product has a batch axis, and remat = "dots" keeps the products without.
-            a, b = (self.adapters[f"{PREFIX}blocks.{name}.{side}"][None] for side in "ab")
-            weights[name] = merged(name, weights[name][None], a, b, self.scale[...])[0]
-        return unflatten(self.block, weights)(x, attend, rate, key)
-
-
-def attach(model: Chameleon, params: Mapping[str, jax.Array]) -> Chameleon:
-    """The model with the adapters among `params` on its blocks; without any, the model."""
-    if SCALE in params:
-        model.blocks = AdaptedBlock(model.blocks, params)
-    return model
+def adapted(params: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """Parameters of the model for the training pass: the matrices that have adapters among `params` are `LowRank`."""
+    rest: dict[str, Any] = {name: value for name, value in params.items() if not name.startswith(PREFIX)}
+    for name in [n for n in rest if f"{PREFIX}{n}.a" in params]:
+        scale = jnp.broadcast_to(params[SCALE], rest[name].shape[:1])  # one for each layer, as everything in a stack
+        rest[name] = LowRank(rest[name], params[f"{PREFIX}{name}.a"], params[f"{PREFIX}{name}.b"], scale)
+    return rest

@@ -45,7 +45,8 @@ def row_flops(model: ModelConfig, shape: SlotShape, answers: int, optim: OptimCo
 
     A matrix product costs 2 per parameter and token in the forward pass, 2 for the gradient of what goes in and 2 for that of its weights;
     attention 4 H K per pair, and 8 in the backward pass. The head sees the answer tokens alone. What `optim` freezes has no gradient
-    of weights; and where nothing is trained below the head, there is no backward pass through the blocks.
+    of weights, and adapters of rank r are two matrices more; where nothing is trained below the head, there is no backward pass through
+    the blocks.
     """
     optim = optim or OptimConfig()
     backward = optim.trainable != "image_head" and not (optim.trainable == "xp" and not shape.xp)
@@ -53,8 +54,8 @@ def row_flops(model: ModelConfig, shape: SlotShape, answers: int, optim: OptimCo
         ("wk", "wv"), model.num_kv_heads * model.head_dim
     )
     matrices |= dict.fromkeys(("gate", "up", "down"), model.ffn_dim)
-    learned = {"all": tuple(matrices), "lora": optim.lora_targets}.get(optim.trainable, ())
-    layer = sum(2 * (1 + backward + (name in learned)) * model.dim * width for name, width in matrices.items())
+    adapters = sum(6 * optim.lora_rank * (model.dim + matrices[name]) for name in optim.lora_targets) if optim.trainable == "lora" else 0
+    layer = sum(2 * (1 + backward + (optim.trainable == "all")) * model.dim * width for width in matrices.values()) + adapters
     head = 2 * (1 + backward + (optim.trainable in ("all", "image_head"))) * model.dim * model.vocab_size
     attention = (12 if backward else 4) * model.num_heads * model.head_dim
     return model.num_layers * (layer * shape.length + attention * attention_pairs(shape)) + head * answers

@@ -1,7 +1,8 @@
 """The optimizer, and which parameters it sees.
 
-AdamW with clipping and a schedule. Norms, biases and XP embeddings have no weight decay; XP embeddings may have a
-learning rate of their own. Frozen parameters are not in the optimizer at all, so they cost no state.
+AdamW with clipping and a schedule, or Muon for the matrices of the blocks and AdamW for the rest. Norms, biases and XP embeddings have
+no weight decay; XP embeddings may have a learning rate of their own. Frozen parameters are not in the optimizer at all, so they cost no
+state.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from optax import contrib
 
 from xprompt_jax.config import Config, OptimConfig
 from xprompt_jax.model.params import logical_axes
@@ -77,22 +80,55 @@ def in_bfloat16(adam: optax.GradientTransformation) -> optax.GradientTransformat
     return optax.GradientTransformation(init, update)
 
 
+def sides(name: str) -> contrib.MuonDimensionNumbers | None:
+    """The two sides of a stacked matrix of the blocks, the model's width being one of them; None for all other parameters."""
+    axes = parameter_axes(name)
+    if not name.startswith("blocks.") or "embed" not in axes:
+        return None
+    width = axes.index("embed")
+    rest = tuple(i for i in range(1, len(axes)) if i != width)
+    return contrib.MuonDimensionNumbers((width,), rest) if width == 1 else contrib.MuonDimensionNumbers(rest, (width,))
+
+
+def muon(config: OptimConfig) -> optax.GradientTransformation:
+    """Momentum made orthogonal, layer by layer (Jordan 2024), at AdamW's usual size: RMS 0.2 (Liu et al. 2025, arXiv 2502.16982)."""
+
+    def numbers(tree: Params) -> dict:  # parameters of other groups come as placeholders
+        return {name: leaf if isinstance(leaf, optax.MaskedNode) else sides(name) for name, leaf in tree.items()}
+
+    def scaled(update: jax.Array, side: contrib.MuonDimensionNumbers) -> jax.Array:
+        return update * (0.2 * max(np.prod([update.shape[i] for i in axes]) for axes in side) ** 0.5)
+
+    return optax.chain(
+        contrib.scale_by_muon(weight_dimension_numbers=numbers, mu_dtype=config.moment_dtype),
+        optax.stateless(lambda updates, _: {n: u if isinstance(u, optax.MaskedNode) else scaled(u, sides(n)) for n, u in updates.items()}),
+    )
+
+
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
     """The optax chain over a flat dictionary of trainable parameters."""
 
-    def adamw(multiplier: float):  # the parts of optax.adamw
+    def steps_of(direction: optax.GradientTransformation, multiplier: float = 1.0):  # with Adam: the parts of optax.adamw
         rate = schedule(config, steps)
-        adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
         return optax.chain(
-            adam if config.moment_dtype == "float32" else in_bfloat16(adam),
+            direction,
             optax.add_decayed_weights(config.weight_decay, mask=lambda params: {name: decays(name) for name in params}),
             optax.scale_by_learning_rate(lambda count: multiplier * rate(count)),
         )
 
-    by_group = optax.multi_transform(
-        {"xp": adamw(config.xp_lr_multiplier), "rest": adamw(1.0)},
-        lambda params: {name: "xp" if name == "xp" else "rest" for name in params},
-    )
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+    if config.moment_dtype == "bfloat16":
+        adam = in_bfloat16(adam)
+
+    def group(name: str) -> str:
+        if name == "xp":
+            return "xp"
+        return "matrices" if config.name == "muon" and sides(name) else "rest"
+
+    groups = {"xp": steps_of(adam, config.xp_lr_multiplier), "rest": steps_of(adam)}
+    if config.name == "muon":
+        groups["matrices"] = steps_of(muon(config))
+    by_group = optax.multi_transform(groups, lambda params: {name: group(name) for name in params})
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(clip, by_group)
 

@@ -11,10 +11,10 @@ import optax
 
 from xprompt_jax.config import Config
 from xprompt_jax.errors import UserError
-from xprompt_jax.model.chameleon import abstract_model
+from xprompt_jax.model.chameleon import Rows, abstract_model, pack
 from xprompt_jax.model.params import unflatten
 from xprompt_jax.prompt import SlotShape
-from xprompt_jax.train.lora import attach
+from xprompt_jax.train.lora import adapted
 from xprompt_jax.train.loss import Sums, cross_entropy, gather_answers
 from xprompt_jax.train.optim import Params, assemble, schedule
 from xprompt_jax.train.state import TrainState
@@ -28,14 +28,25 @@ def shapes_of(config: Config) -> dict[str, SlotShape]:
     return {b.name: SlotShape.of(b, config.model.num_xp_tokens, config.data.mode) for b in config.data.buckets}
 
 
-def _bucket_sums(config: Config, params: Params, batch, shape: SlotShape, shards: int, key: jax.Array | None) -> Sums:
-    model = attach(unflatten(abstract_model(config.model), params), params)
-    hidden = model.hidden(
-        batch["ids"], batch["positions"], shape, batch["example_lengths"], config.compute, rate=config.train.dropout, key=key
-    )
-    states, labels = gather_answers(hidden, batch)
-    chunk = max(1, config.train.loss_chunk * shards // states.shape[0])
-    return cross_entropy(states, params["head"], labels, batch["weights"], chunk=chunk)
+def bucket_sums(config: Config, params: Params, batches: Batches, shards: int = 1, key: jax.Array | None = None) -> dict[str, Sums]:
+    """Sums over the loss tokens of every bucket. All of them go through the layers and the head together (see `Chameleon.hidden`).
+
+    Args:
+      params: of the whole model, perhaps with adapters; see `optim.assemble`.
+      shards: devices of data x fsdp, each of which takes its part of `train.loss_chunk`.
+      key: of dropout; without one there is none.
+    """
+    shapes = shapes_of(config)
+    model = unflatten(abstract_model(config.model), adapted(params))
+    parts = [Rows(b["ids"], b["positions"], b["example_lengths"], shapes[name]) for name, b in batches.items()]
+    hidden = model.hidden(parts, config.compute, rate=config.train.dropout, key=key)
+    asked = [gather_answers(h, b) for h, b in zip(hidden, batches.values(), strict=True)]
+    states, labels = (pack(part) for part in zip(*asked, strict=True))
+    weights = [b["weights"] for b in batches.values()]
+    owned = jnp.stack([pack([w if i == own else jnp.zeros_like(w) for i, w in enumerate(weights)]) for own in range(len(weights))])
+    chunk = max(1, config.train.loss_chunk * shards // len(states))
+    sums = cross_entropy(states, params["head"], labels, owned, chunk=chunk)
+    return {name: Sums(*(of_each[i] for of_each in sums)) for i, name in enumerate(batches)}
 
 
 def _metrics(config: Config, sums: Mapping[str, Sums]) -> dict[str, jax.Array]:
@@ -57,7 +68,7 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation, sha
     Raises:
       UserError: a bucket's rows are not a multiple of `train.accumulate`.
     """
-    shapes, parts = shapes_of(config), config.train.accumulate
+    parts = config.train.accumulate
     for bucket in config.data.buckets:
         if bucket.rows % parts:
             raise UserError(f"bucket {bucket.name!r} has {bucket.rows} rows, not a multiple of train.accumulate {parts}")
@@ -72,14 +83,12 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation, sha
             raise UserError(f"bucket {bucket.name!r}: {rows}, not a multiple of the {shards} devices of data x fsdp; change rows or --mesh")
 
     def loss(trainable: Params, frozen: Params, batches: Batches, key, total_weight: jax.Array):
-        params = assemble(trainable, frozen)
-        keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True)) if config.train.dropout else {}
-        sums = {name: _bucket_sums(config, params, batches[name], shapes[name], shards, keys.get(name)) for name in shapes}
+        sums = bucket_sums(config, assemble(trainable, frozen), batches, shards, key if config.train.dropout else None)
         return sum(s.loss + config.train.z_loss * s.z for s in sums.values()) / total_weight, sums
 
     def gradient(state: TrainState, batches: Batches) -> tuple[Params, dict[str, Sums]]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        weight = jnp.maximum(sum(jnp.sum(batches[name]["weights"]) for name in shapes), 1.0)
+        weight = jnp.maximum(sum(jnp.sum(batch["weights"]) for batch in batches.values()), 1.0)
         grad = jax.grad(loss, has_aux=True)
         if parts == 1:
             return grad(state.params, state.frozen, batches, key, weight)
@@ -110,10 +119,8 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation, sha
 
 def make_eval_step(config: Config) -> Callable:
     """The compiled measurement without dropout: (state, batches) -> metrics, on the averaged weights where they exist."""
-    shapes = shapes_of(config)
 
     def step(state: TrainState, batches: Batches) -> dict[str, jax.Array]:
-        params = assemble(state.ema or state.params, state.frozen)
-        return _metrics(config, {name: _bucket_sums(config, params, batches[name], shapes[name], 1, None) for name in shapes})
+        return _metrics(config, bucket_sums(config, assemble(state.ema or state.params, state.frozen), batches))
 
     return jax.jit(step)

@@ -21,6 +21,7 @@ from flax import nnx
 
 from xprompt_jax.errors import UserError
 from xprompt_jax.vision.files import Params, Weights, build, fingerprint, heads_of, read_config, shapes_of, side_of
+from xprompt_jax.vision.hub import locate
 from xprompt_jax.vision.preprocess import clip_pixels
 from xprompt_jax.vision.tokenizer import ClipTokenizer
 from xprompt_jax.vision.vit import Activation, Blocks, ImageConfig, ImageTower, LayerNorm, Linear, TransformerConfig, in_batches, unit
@@ -80,7 +81,7 @@ class CLIP:
 
     @classmethod
     def load(cls, folder: str | Path) -> CLIP:
-        """Reads a folder with weights (files.py), tokenizer files and config.json or open_clip_config.json.
+        """Reads a folder with weights (files.py), tokenizer files and config.json or open_clip_config.json; or org/name on the hub.
 
         Sizes come from the tensors; the number of heads, the activation and the norms' epsilon from the configuration, else as
         OpenAI's.
@@ -88,7 +89,7 @@ class CLIP:
         Raises:
           UserError: a file is missing, damaged, or of another model.
         """
-        folder = Path(folder)
+        folder = locate(folder)
         if folder.is_file():
             raise UserError(f"{folder}: a file; give the folder it lies in, with the tokenizer's files")
         weights = Weights(folder)

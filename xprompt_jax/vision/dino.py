@@ -12,6 +12,7 @@ import numpy as np
 
 from xprompt_jax.errors import UserError
 from xprompt_jax.vision.files import Params, Weights, build, fingerprint, heads_of, read_config, shapes_of, side_of
+from xprompt_jax.vision.hub import locate
 from xprompt_jax.vision.preprocess import dino_pixels
 from xprompt_jax.vision.vit import ImageConfig, ImageTower, TransformerConfig, in_batches, unit
 
@@ -35,12 +36,12 @@ class DINO:
 
     @classmethod
     def load(cls, place: str | Path) -> DINO:
-        """Reads a folder of Hugging Face (facebook/dino-vits16), or Meta's file (dino_deitsmall16_pretrain.pth).
+        """Reads a folder of Hugging Face, org/name on the hub (facebook/dino-vits16), or Meta's file (dino_deitsmall16_pretrain.pth).
 
         Raises:
           UserError: a file is missing, damaged, or of another model.
         """
-        place = Path(place)
+        place = locate(place)
         weights = Weights(place)
         with shapes_of(place):
             if "embeddings.cls_token" in weights:

@@ -175,6 +175,31 @@ class Evaluated(Pairs):
 
 
 @dataclass(frozen=True)
+class Named(Pairs):
+    """Pairs that say which dataset they come from, unless they do already."""
+
+    pairs: Pairs
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def record(self, i: int) -> Record:
+        """Pair `i`, with the dataset's name."""
+        record = self.pairs[i]
+        return record if record.dataset else dataclasses.replace(record, dataset=self.name)
+
+    def split_of(self, i: int) -> str:
+        """Of pair `i`."""
+        return self.pairs.split_of(i)
+
+    @property
+    def found(self) -> int:
+        """As it is without the name."""
+        return self.pairs.found
+
+
+@dataclass(frozen=True)
 class Part:
     """One split in one layout."""
 
@@ -266,7 +291,7 @@ class Dataset:
                 log.warning("%s: partial or another release, accepted", problem)
             log.info("%s %s (%s): %d pairs", self.name, part.split, layout.name, len(pairs))
             opened.append(pairs if part.split.startswith("train") else Evaluated(pairs))
-        return opened[0] if len(opened) == 1 else Joined(opened)
+        return Named(opened[0] if len(opened) == 1 else Joined(opened), self.name)
 
 
 def pair_of(row: Mapping[str, Any], *, task: str, group: str, phrases: str = "", **values: str) -> Record:

@@ -1,0 +1,31 @@
+"""What benchmarks of several contenders share: each runs in a process of its own, and a result says where it was measured."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+
+def run_alone(*flags: object) -> dict:
+    """What the calling benchmark prints last with these flags, in a process of its own: its JSON, or {"failed": why}."""
+    done = subprocess.run([sys.executable, sys.argv[0], *map(str, flags)], capture_output=True, text=True)
+    if done.returncode:
+        return {"failed": done.stderr.strip().splitlines()[-1][:300]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def save(path: Path, figures: dict) -> None:
+    """Writes figures, and where and how they were measured."""
+    result = figures | {
+        "cpus_allowed": len(os.sched_getaffinity(0)),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in ("jax", "torch", "transformers")},
+        "command": shlex.join(["python", *sys.argv]),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(path)

@@ -1,0 +1,201 @@
+"""Does in-context generation through XP tokens work here? The proof, on tasks that the models have never seen.
+
+    python tools/bench_in_context.py --models xp=runs/mini_cpu/run/model causal=... full=... --photos PHOTOS
+    python tools/bench_in_context.py --tables       # the tables again, from the episodes that are there
+
+Each model is asked pairs of the three levels of `xprompt_jax/data/levels.py`, drawn free-running and greedily, under named words ("remove
+the rain") and under generic ones ("do the same to this image"), which leave the task to the example. Arms:
+
+    copied      the query left as it is
+    none        the model's own drawing without an example
+    wrong       drawn from a pair of another task, under the right words
+    drawn       drawn from the right example; models named causal* see the example itself, all others their XP tokens
+    ceiling     the target through the image tokenizer: what no model can pass
+    full        `drawn` of the model of that name, which was trained on everything
+
+The same command goes on where it was stopped. Writes benchmarks/in_context/: episodes/MODEL.csv.gz (a line for each episode, PSNR-RGB in
+dB over all pixels and over those that the task changes), results.json (machine, versions, commands, tables) and tables.md. Intervals are
+95 %, paired bootstrap over queries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import gzip
+import json
+import os
+import platform
+import shlex
+import sys
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from xprompt_jax import XPrompt
+from xprompt_jax.data.levels import LEVELS, Level, held_pairs
+from xprompt_jax.data.pipeline import GENERIC_INSTRUCTIONS
+from xprompt_jax.data.sources import photographs
+from xprompt_jax.evaluate.metrics import changed_region_psnr, psnr_rgb
+from xprompt_jax.evaluate.pairs import NO_EXAMPLE, make_episodes, paired_bootstrap, run_pairs
+from xprompt_jax.files import atomic_path
+
+WORDS = ("named", "generic")
+ARMS = ("copied", NO_EXAMPLE, "wrong", "drawn", "ceiling")
+KEYS = ("level", "words", "seed", "task", "group", "query")
+MEASURES = ("all", "changed")
+ZOOM = 1.4
+Row = Mapping[str, str | float]
+
+
+def main() -> None:
+    """Parses the flags; asks the models; writes the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="*", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--photos", type=Path, help="photographs that no model was trained on, for the restoration and style tasks")
+    parser.add_argument("--groups", type=int, default=10, help="draws of parameters of each task and seed")
+    parser.add_argument(
+        "--queries", type=int, default=7, help="queries of a group; 10 groups x 7 queries x 3 seeds are 210 episodes a task"
+    )
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS)
+    parser.add_argument("--tasks", nargs="+", help="these alone")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/in_context"))
+    parser.add_argument("--tables", action="store_true", help="only make the tables again")
+    args = parser.parse_args()
+    place = args.out / "episodes"
+    place.mkdir(parents=True, exist_ok=True)
+    about = args.out / "results.json"
+    told = json.loads(about.read_text()) if about.exists() else {"models": {}}
+    for name, folder in (item.split("=", 1) for item in args.models):
+        model = XPrompt.from_pretrained(folder)
+        photos = photographs(args.photos, model.config.vq.image_size) if args.photos else []
+        settings = {"fingerprint": model.fingerprint, "groups": args.groups, "queries": args.queries, "photos": len(photos)}
+        file, known = place / f"{name}.csv.gz", told["models"].get(name, {})
+        rows = read(file) if file.exists() and settings.items() <= known.items() else []
+        done = {(row["level"], int(row["seed"])) for row in rows}
+        for seed, level in ((seed, level) for seed in range(args.seeds) for level in args.levels):
+            if (level, seed) in done:
+                continue
+            rows += ask(model, name, level, seed, photos, args)
+            with atomic_path(file) as path, gzip.open(path, "wt", newline="", compresslevel=9) as f:
+                writer = csv.DictWriter(f, [*KEYS, *(f"{arm}/{measure}" for arm in ARMS for measure in MEASURES)])
+                writer.writeheader()
+                writer.writerows(rows)
+            told["models"][name] = {
+                **settings, "num_xp_tokens": model.config.num_xp_tokens, "episodes": len(rows),
+                "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
+                "versions": {"python": platform.python_version(), **{name: version(name) for name in ("jax", "flax", "numpy")}},
+                "command": shlex.join(["python", *sys.argv]),
+            }  # fmt: skip
+            about.write_text(json.dumps(told, indent=2) + "\n")
+    episodes = {path.name.removesuffix(".csv.gz"): read(path) for path in sorted(place.glob("*.csv.gz"))}
+    tables = summary(episodes)
+    about.write_text(json.dumps({**told, "tables": tables}, indent=2) + "\n")
+    (args.out / "tables.md").write_text(markdown(tables))
+    print((args.out / "tables.md").read_text())
+
+
+def ask(
+    model: XPrompt, name: str, level: Level, seed: int, photos: Sequence[np.ndarray], args: argparse.Namespace
+) -> Iterator[dict[str, str | float]]:
+    """Episodes of one level, under named and under generic words: one example of a group, all its other pairs as queries."""
+    size = model.config.vq.image_size
+    records = list(held_pairs(
+        level, groups=args.groups, pairs_per_group=1 + args.queries, size=size, seed=1000 + seed, photos=photos, zoom=ZOOM, plain=True,
+        tasks=args.tasks,
+    ))  # fmt: skip
+    for words in WORDS if records else ():
+        said = [dataclasses.replace(r, instruction=generic(r.group)) if words == "generic" else r for r in records]
+        episodes = make_episodes(said, examples=1, seed=seed)
+        mode = "causal" if name.startswith("causal") else "xprompt"
+        count: dict[str, int] = defaultdict(int)
+        for o in run_pairs(model, episodes, no_example=True, mode=mode, seed=seed, top_k=1, temperature=1.0):
+            query = o.episode.query
+            row: dict[str, str | float] = dict(zip(KEYS, (level, words, seed, query.task, query.group, count[query.group]), strict=True))
+            count[query.group] += 1
+            for arm in ARMS:
+                row[f"{arm}/all"] = round(psnr_rgb(o.images[arm], o.target), 3)
+                row[f"{arm}/changed"] = round(changed_region_psnr(query.input, o.images[arm], o.target), 3)
+            yield row
+
+
+def generic(group: str) -> str:
+    """One of the instructions that say nothing, the same for a whole group."""
+    return GENERIC_INSTRUCTIONS[zlib.crc32(group.encode()) % len(GENERIC_INSTRUCTIONS)]
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The lines of an episodes file."""
+    with gzip.open(path, "rt", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def summary(episodes: Mapping[str, Sequence[Row]]) -> list[dict]:
+    """A row for each model, kind of words, level and measure: means over tasks, and paired differences with their intervals."""
+    full = {tuple(row[key] for key in KEYS): row for row in episodes.get("full", ())}
+    found = []
+    for name, rows in episodes.items():
+        for words in WORDS:
+            for level in LEVELS:
+                mine = [row for row in rows if row["words"] == words and row["level"] == level]
+                for measure in MEASURES if mine else ():
+                    found.append({"model": name, "words": words, "level": level, "measure": measure, **scored(mine, measure, full)})
+    return found
+
+
+def scored(rows: Sequence[Row], measure: str, full: Mapping[tuple, Row]) -> dict:
+    """Means of all arms, differences against the controls, and tasks in which the right example helps."""
+    value = lambda row, arm: min(float(row[f"{arm}/{measure}"]), 60.0)  # an exact copy is infinitely good
+    usable = [row for row in rows if row[f"copied/{measure}"] != "nan"]
+    table = {arm: float(np.mean([value(row, arm) for row in usable])) for arm in ARMS}
+    result: dict = {
+        "episodes": len(usable),
+        "tasks": len({row["task"] for row in usable}),
+        "dB": {a: round(v, 2) for a, v in table.items()},
+    }
+    for arm in (NO_EXAMPLE, "wrong"):
+        mean, low, high = paired_bootstrap([value(row, "drawn") - value(row, arm) for row in usable])
+        result[f"drawn - {arm}"] = [round(v, 2) for v in (mean, low, high)]
+    same = [(row, full[key]) for row in usable if (key := tuple(row[k] for k in KEYS)) in full]
+    if same:
+        result["dB"]["full"] = round(float(np.mean([value(other, "drawn") for _, other in same])), 2)
+        gap = result["dB"]["full"] - result["dB"][NO_EXAMPLE]
+        result["gap closed"] = round((result["dB"]["drawn"] - result["dB"][NO_EXAMPLE]) / gap, 2) if gap > 0 else None
+    by_task = defaultdict(list)
+    for row in usable:
+        by_task[row["task"]].append((value(row, NO_EXAMPLE), value(row, "wrong"), value(row, "drawn"), value(row, "ceiling")))
+    result["by task"] = {task: [round(float(v), 2) for v in np.mean(values, axis=0)] for task, values in sorted(by_task.items())}
+    return result
+
+
+def markdown(tables: Sequence[Mapping]) -> str:
+    """The tables as people read them."""
+    lines = ["# In-context generation through XP tokens, on what was never trained", "", f"{__doc__.strip()}", ""]
+    for measure, title in zip(
+        MEASURES, ("PSNR-RGB over all pixels, dB", "PSNR-RGB over the pixels that the task changes, dB"), strict=True
+    ):
+        columns = "model", "words", "level", "tasks", "episodes", *ARMS, "drawn - none", "drawn - wrong", "full", "gap closed"
+        lines += [f"## {title}", "", f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+        for t in tables:
+            if t["measure"] == measure:
+                interval = lambda key, t=t: "{:+.2f} [{:+.2f}, {:+.2f}]".format(*t[key])
+                cells = [t["model"], t["words"], t["level"], t["tasks"], t["episodes"], *(t["dB"][arm] for arm in ARMS)]
+                cells += [interval(f"drawn - {NO_EXAMPLE}"), interval("drawn - wrong"), t["dB"].get("full", ""), t.get("gap closed", "")]
+                lines.append("| " + " | ".join(map(str, cells)) + " |")
+        lines.append("")
+    lines += ["## By task, generic words, all pixels: no example / wrong / right / ceiling, dB", ""]
+    for t in tables:
+        if t["measure"] == "all" and t["words"] == "generic":
+            lines += [f"### {t['model']}, {t['level']}", "", "| task | none | wrong | right | ceiling |", "|" + " --- |" * 5]
+            lines += ["| " + " | ".join(map(str, (task, *values))) + " |" for task, values in t["by task"].items()] + [""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Makes the small model: the one command that its card names.
+
+    python tools/make_mini.py --config configs/mini_cpu.py --out runs/mini_cpu
+
+    scenes and free photographs -> VQGAN and BPE tokenizer of its own -> token store -> training -> OUT/run/model
+
+Each stage leaves its folder in OUT, and a second call goes on from there; training itself resumes from its checkpoints. The data are
+`xprompt_jax/data/levels.py`: nothing that the benchmark asks is among them, unless --full asks for the arm that has seen everything.
+Rendered scenes are ours; the photographs are the public-domain and CC0 ones inside scikit-image's wheel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xprompt_jax.commands.train import load_config
+from xprompt_jax.config import Config
+from xprompt_jax.convert.native import load_tokenizers, save_tokenizers
+from xprompt_jax.data.images import open_image, resize_center_crop
+from xprompt_jax.data.levels import training_pairs
+from xprompt_jax.data.pipeline import GENERIC_INSTRUCTIONS
+from xprompt_jax.data.sources import Record
+from xprompt_jax.data.tokenise import tokenize
+from xprompt_jax.model.chameleon import Chameleon
+from xprompt_jax.model.params import flatten, unflatten
+from xprompt_jax.prompt import DESCRIBE_QUESTION
+from xprompt_jax.runner import run_training
+from xprompt_jax.sample.sampler import XPrompt
+from xprompt_jax.tokens import IMAGE_START, train_tokenizer
+from xprompt_jax.train.vqgan import train_vqgan
+
+log = logging.getLogger("make_mini")
+ZOOM = 1.4
+
+
+def main() -> None:
+    """Parses the flags and runs the stages that are missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, default=Path("configs/mini_cpu.py"))
+    parser.add_argument("--out", type=Path, default=Path("runs/mini_cpu"))
+    parser.add_argument("--groups", type=int, default=12_000, help="draws of a sub-task's parameters")
+    parser.add_argument("--pairs-per-group", type=int, default=4)
+    parser.add_argument("--vq-steps", type=int, default=1600)
+    parser.add_argument("--vq-batch", type=int, default=16)
+    parser.add_argument("--full", action="store_true", help="hold nothing out: the benchmark's arm of full training")
+    parser.add_argument("--tokenizers", type=Path, help="folder of a finished image and text tokenizer, to share it between arms")
+    parser.add_argument("--steps", type=int, help="training steps, in place of the configuration's")
+    parser.add_argument("--run", default="run", help="name of the training's folder in OUT")
+    parser.add_argument("--set", nargs="*", default=[], metavar="SECTION.FIELD=VALUE", help="changes to the configuration, for ablations")
+    parser.add_argument("--plain-start", action="store_true", help="random code embeddings, in place of the codebook's")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+
+    config = load_config(args.config)
+    store = args.out / "tokens"
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, store=str(store)))
+    if args.full:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, holdouts=()))
+    for change in args.set:
+        config = changed(config, *change.split("=", 1))
+    if args.steps:
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=args.steps))
+
+    if not store.exists():
+        make_store(args, config, store)
+    start = args.out / ("start_plain" if args.plain_start else "start") / f"{config.train.seed}_{config.model.num_xp_tokens}"
+    if not start.exists():
+        vqgan, tokenizer = load_tokenizers(store / "tokenizers")
+        decoder = Chameleon(config.model, jax.random.key(config.train.seed))
+        if not args.plain_start:
+            decoder = know_colours(decoder, np.asarray(flatten(vqgan)["quantize.embedding.weight"]), config.train.seed)
+        XPrompt(decoder, vqgan, tokenizer).save_pretrained(start)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(start)))
+    clock = time.perf_counter()
+    run_training(config, args.out / args.run)
+    log.info("training took %.0f s", time.perf_counter() - clock)
+
+
+def changed(config: Config, path: str, value: str) -> Config:
+    """The configuration with one number or word changed."""
+    section, field = path.split(".")
+    part = getattr(config, section)
+    kind = type(getattr(part, field))
+    return dataclasses.replace(config, **{section: dataclasses.replace(part, **{field: kind(value)})})
+
+
+def make_store(args: argparse.Namespace, config: Config, store: Path) -> None:
+    """Renders, trains the tokenizers unless they are given, and tokenises."""
+    size = config.model.vq.image_size
+    began = time.perf_counter()
+    photos = free_photographs(size)
+    records = list(training_pairs(
+        groups=args.groups, pairs_per_group=args.pairs_per_group, size=size, seed=config.data.seed, photos=photos, zoom=ZOOM, plain=True,
+        full=args.full,
+    ))  # fmt: skip
+    # The last hundredth of the groups shows while training whether it goes well; the benchmark asks other pairs.
+    last = {r.group for r in records[-max(len(records) // 100, 4 * args.pairs_per_group) :]}
+    records = [dataclasses.replace(r, split="eval" if r.group in last else "train") for r in records]
+    log.info("%d pairs in %.0f s", len(records), time.perf_counter() - began)
+    tokenizers = args.tokenizers or args.out / "tokenizers"
+    if not tokenizers.exists():
+        training = [r for r in records if r.split == "train"]
+        rng = np.random.default_rng(config.data.seed)
+        chosen = [training[i] for i in rng.permutation(len(training))[:12_000]]
+        images = np.stack([image for r in chosen for image in (r.input, r.output)])
+        vqgan = train_vqgan(
+            config.model.vq, images, steps=args.vq_steps, batch=args.vq_batch, learning_rate=3e-3, seed=config.train.seed
+        )  # fmt: skip
+        tokenizer = train_tokenizer(texts(training), num_codes=config.model.vq.num_codes, vocab_size=config.model.vocab_size)
+        save_tokenizers(tokenizers, vqgan, tokenizer)
+    vqgan, tokenizer = load_tokenizers(tokenizers)
+    tokenize(records, vqgan, tokenizer, store, total=len(records))
+    log.info("store made in %.0f s", time.perf_counter() - began)
+
+
+def know_colours(decoder: Chameleon, codebook: np.ndarray, seed: int) -> Chameleon:
+    """Code words and head columns start as random projections of the codebook: like codes start alike.
+
+    Args:
+      codebook: float [num_codes, C] of the VQGAN.
+    """
+    params, key = flatten(decoder), jax.random.key(seed)
+    white = (codebook - codebook.mean(0)) / codebook.std(0)
+    rows = slice(IMAGE_START, IMAGE_START + len(codebook))
+
+    def project(key: jax.Array, like: jax.Array) -> jax.Array:
+        """[num_codes, D] of the standard deviation of `like`."""
+        mixed = jnp.asarray(white) @ jax.random.normal(key, (white.shape[1], like.shape[1]))
+        return mixed * (jnp.std(like) / jnp.std(mixed))
+
+    keys = jax.random.split(key)
+    params["embed"] = params["embed"].at[rows].set(project(keys[0], params["embed"][rows]))
+    params["head"] = params["head"].at[:, rows].set(project(keys[1], params["head"][:, rows].T).T)
+    return unflatten(decoder, params)
+
+
+def free_photographs(size: int, count: int = 600, seed: int = 0) -> list[np.ndarray]:
+    """Random crops, mirrored at random, of the public-domain and CC0 photographs inside scikit-image's wheel."""
+    from skimage import data
+
+    rng = np.random.default_rng(seed)
+    whole = [load()[..., :3] for load in (data.astronaut, data.chelsea, data.coffee, data.rocket, data.hubble_deep_field, data.retina)]
+    crops = []
+    for i in range(count):
+        image = whole[i % len(whole)]
+        side = int(rng.integers(size, min(image.shape[:2]) + 1))
+        top, left = (int(rng.integers(0, n - side + 1)) for n in image.shape[:2])
+        part = image[top : top + side, left : left + side]
+        crops.append(resize_center_crop(open_image(np.ascontiguousarray(part[:, ::-1] if rng.random() < 0.5 else part)), size))
+    return crops
+
+
+def texts(records: list[Record]):
+    """All words that the model meets."""
+    yield from GENERIC_INSTRUCTIONS
+    yield DESCRIBE_QUESTION
+    for r in records:
+        yield from (r.instruction, r.reverse_instruction, r.description, r.reverse_description, r.caption)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Training rows as people read them: `xprompt inspect`."""

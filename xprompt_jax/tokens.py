@@ -161,7 +161,7 @@ class Tokenizer:
         return hashlib.sha256(self._backend.to_str().encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text, no special tokens added. Text is data: a special name inside it stays ordinary letters, half a character "?"."""
+        """Ids of plain text, no special tokens added. Text is data: special names in it stay letters, half a character is "?"."""
         text = text.encode("utf-8", "replace").decode()  # a lone surrogate, of a JSON escape or a broken command line
         ids = self._backend.encode(text, add_special_tokens=False).ids
         allowed = self.vocab.text_mask

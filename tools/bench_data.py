@@ -96,7 +96,8 @@ def write_store(folder: Path, *, pairs: int, images: int, grid: int, crops: int,
     """Random codes and random words; the first tokens of a text decide nothing, so they are the same for all."""
     import pyarrow as pa
 
-    from xprompt_jax.data.store import TEXTS, Encoding, StoreWriter
+    from xprompt_jax.data.store import Encoding, StoreWriter
+    from xprompt_jax.data.table import TEXTS
     from xprompt_jax.tokens import train_tokenizer
 
     folder.mkdir(parents=True)

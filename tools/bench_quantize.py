@@ -32,7 +32,8 @@ import numpy as np
 
 from xprompt_jax import XPrompt
 from xprompt_jax.config import ComputeConfig
-from xprompt_jax.data.store import Pair, Store
+from xprompt_jax.data.store import Store
+from xprompt_jax.data.table import Pair
 from xprompt_jax.errors import UserError
 from xprompt_jax.model.chameleon import extend, project_logits
 from xprompt_jax.sample.draw import draw

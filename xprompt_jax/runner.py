@@ -18,7 +18,8 @@ from xprompt_jax.config import Config, MeshConfig, load_json
 from xprompt_jax.convert.native import load_tokenizers
 from xprompt_jax.data.images import save_png
 from xprompt_jax.data.pipeline import Rows
-from xprompt_jax.data.store import Pair, Store
+from xprompt_jax.data.store import Store
+from xprompt_jax.data.table import Pair
 from xprompt_jax.errors import UserError
 from xprompt_jax.mesh import make_mesh
 from xprompt_jax.model.chameleon import abstract_model

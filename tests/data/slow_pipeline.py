@@ -10,7 +10,8 @@ import numpy as np
 
 from xprompt_jax.data.holdouts import held_directions
 from xprompt_jax.data.pipeline import CAPTION_QUESTION, GENERIC_INSTRUCTIONS
-from xprompt_jax.data.store import CATEGORIES, TEXTS, Encoding, Pair, Store, StoreWriter, TokenCounter
+from xprompt_jax.data.store import Encoding, Store, StoreWriter
+from xprompt_jax.data.table import CATEGORIES, TEXTS, Pair, TokenCounter
 from xprompt_jax.prompt import DESCRIBE_QUESTION
 
 

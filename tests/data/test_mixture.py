@@ -16,7 +16,7 @@ from xprompt_jax.convert.native import save_tokenizers
 from xprompt_jax.data.datasets import DATASETS
 from xprompt_jax.data.mixture import PAPER, PAPER_WEIGHTS, REST, Mixture, report, totals
 from xprompt_jax.data.pipeline import Rows
-from xprompt_jax.data.store import Pair
+from xprompt_jax.data.table import Pair
 from xprompt_jax.errors import UserError
 from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.prompt import Prompter

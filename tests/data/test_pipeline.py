@@ -11,7 +11,7 @@ from tests.helpers import tiny_tokenizer
 from xprompt_jax.config import BucketConfig, DataConfig
 from xprompt_jax.data.palettes import HELD_OUT
 from xprompt_jax.data.pipeline import Episodes, Rows
-from xprompt_jax.data.store import Pair, Pairs
+from xprompt_jax.data.table import Pair, Pairs
 from xprompt_jax.errors import UserError
 from xprompt_jax.prompt import Prompter
 from xprompt_jax.tokens import Layout, train_tokenizer

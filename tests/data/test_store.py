@@ -19,7 +19,8 @@ from xprompt_jax.config import BucketConfig, DataConfig
 from xprompt_jax.data.images import save_png, to_pixels
 from xprompt_jax.data.pipeline import GENERIC_INSTRUCTIONS, Episodes, Rows
 from xprompt_jax.data.sources import Record, manifest, paired_folders, world_pairs
-from xprompt_jax.data.store import CATEGORIES, TEXTS, Store
+from xprompt_jax.data.store import Store
+from xprompt_jax.data.table import CATEGORIES, TEXTS
 from xprompt_jax.data.tokenise import tokenize
 from xprompt_jax.errors import UserError
 from xprompt_jax.model.vqgan import VQGAN

@@ -25,7 +25,7 @@ from xprompt_jax.config import Holdout
 from xprompt_jax.data.palettes import HELD_OUT
 
 if TYPE_CHECKING:
-    from xprompt_jax.data.store import Categories, Pairs
+    from xprompt_jax.data.table import Categories, Pairs
 
 TASKS: dict[Holdout, frozenset[str]] = {
     "derain": frozenset({"derain"}),
@@ -50,7 +50,7 @@ _NOT_AN_OBJECT = re.compile(rf"\b(?:{_LOOKS})\W*$", re.IGNORECASE)
 
 
 class Judged(Protocol):
-    """What a holdout looks at: `sources.Record` or `store.Pair`."""
+    """What a holdout looks at: `sources.Record` or `table.Pair`."""
 
     @property
     def task(self) -> str:

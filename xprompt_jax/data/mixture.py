@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from xprompt_jax.config import Config
-from xprompt_jax.data.store import Categories, Pairs, Store
+from xprompt_jax.data.store import Store
+from xprompt_jax.data.table import Categories, Pairs
 from xprompt_jax.errors import UserError
 
 

@@ -22,7 +22,8 @@ from xprompt_jax.config import BucketConfig, DataConfig
 from xprompt_jax.data.holdouts import held
 from xprompt_jax.data.mixture import Mixture
 from xprompt_jax.data.retrieval import RetrievalIndex
-from xprompt_jax.data.store import Pair, Store
+from xprompt_jax.data.store import Store
+from xprompt_jax.data.table import Pair
 from xprompt_jax.errors import UserError
 from xprompt_jax.prompt import DESCRIBE_QUESTION, Prompter, Sample, Slots, SlotShape, fill, stack
 

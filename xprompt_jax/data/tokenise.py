@@ -36,17 +36,8 @@ from xprompt_jax.data.crops import MAX_CROPS, crop_windows, cut
 from xprompt_jax.data.images import Recipe, open_image, resize_center_crop, to_pixels
 from xprompt_jax.data.journal import Journal
 from xprompt_jax.data.sources import Record
-from xprompt_jax.data.store import (
-    ADDRESS_BYTES,
-    CATEGORIES,
-    ROWS,
-    TEXTS,
-    Encoding,
-    Store,
-    StoreWriter,
-    TokenCounter,
-    vqgan_fingerprint,
-)
+from xprompt_jax.data.store import ADDRESS_BYTES, Encoding, Store, StoreWriter, vqgan_fingerprint
+from xprompt_jax.data.table import CATEGORIES, ROWS, TEXTS, TokenCounter
 from xprompt_jax.errors import UserError
 from xprompt_jax.files import atomic_path, read_json_lines
 from xprompt_jax.model.vqgan import VQGAN

@@ -1,6 +1,6 @@
 """The mini for two CPU cores: 64-pixel images as 8 x 8 codes, 2.3 million parameters, under three hours (tools/make_mini.py).
 
-Memory: weights, gradients and two moments in float32 are 37 MB; activations of 20 rows of some 350 slots, 4 layers: about 1 GiB.
+Memory: weights, gradients and two moments in float32 are 37 MB; 20 rows of some 350 slots add less than 1 GiB.
 """
 
 from xprompt_jax.config import BucketConfig, ComputeConfig, Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig, VQConfig
@@ -21,7 +21,7 @@ config = Config(
         rope_theta=100.0,
         vq=VQ,
     ),
-    compute=ComputeConfig(dtype="float32", scan_layers=False),
+    compute=ComputeConfig(dtype="float32", remat="names"),
     mesh=MeshConfig(data=-1, fsdp=1, tensor=1),
     data=DataConfig(
         store="data/mini_cpu",

@@ -251,7 +251,7 @@ class OptimConfig:
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which Adam's moments are kept between steps; bfloat16 halves their memory and is rounded stochastically."""
     ema_decay: float = 0.0
-    """Exponential moving average of the weights, kept beside them; 0 turns it off."""
+    """Exponential moving average of the weights, kept beside them, of at most (1 + step) / (10 + step); 0 turns it off."""
 
     def __post_init__(self):
         fractions = ("final_fraction", "beta1", "beta2", "ema_decay")

@@ -146,3 +146,16 @@ def test_muon_learns_and_eight_devices_are_one(dtype):
     if dtype == "float32":
         alone, _ = train_on_one_batch(replace(config, mesh={"data": 1, "fsdp": 1, "tensor": 1}), jax.devices()[:1])
         np.testing.assert_allclose(losses[:5], alone[:5], rtol=2e-4)
+
+
+def test_the_average_forgets_the_start_soon():
+    config = replace(ONE_BUCKET, optim={"ema_decay": 0.25})
+    want, steps = None, []
+    for count in (1, 2, 3):
+        state, _ = run_steps(config, jax.devices()[:1], steps=count)
+        steps.append(state.params["embed"])
+    start = init_state(config, make_optimizer(config.optim, 3), make_mesh(config.mesh, jax.devices()[:1])).params["embed"]
+    want = start
+    for params, decay in zip(steps, (1 / 10, 2 / 11, 0.25), strict=True):
+        want = decay * want + (1 - decay) * params
+    np.testing.assert_allclose(state.ema["embed"], want, rtol=1e-5, atol=1e-7)

@@ -109,7 +109,8 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation, sha
         grads, sums = gradient(state, batches)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        decay = config.optim.ema_decay
+        # Short at first, or the random weights of the start would stay in the average for thousands of steps.
+        decay = jnp.minimum(config.optim.ema_decay, (1 + state.step) / (10 + state.step))
         ema = {name: decay * state.ema[name] + (1 - decay) * params[name] for name in state.ema}
         metrics = _metrics(config, sums) | {"grad_norm": optax.tree.norm(grads), "learning_rate": rate(state.step)}
         return TrainState(params, state.frozen, opt_state, ema, state.step + 1), metrics

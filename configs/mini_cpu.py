@@ -1,6 +1,6 @@
 """The mini for two CPU cores: 64-pixel images as 8 x 8 codes, 2.3 million parameters, under three hours (tools/make_mini.py).
 
-Memory: weights, gradients and two moments in float32 are 37 MB; 20 rows of some 350 slots add less than 1 GiB.
+Memory: weights, gradients and two moments in float32 are 37 MB; 20 rows of some 340 slots add less than 1 GiB.
 """
 
 from xprompt_jax.config import BucketConfig, ComputeConfig, Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig, VQConfig
@@ -29,7 +29,7 @@ config = Config(
         generic_instruction=0.5,
         holdouts=("derain", "low_light", "add_remove", "depth_spectrum"),
         buckets=(
-            BucketConfig("in_context", examples=1, context=176, todo=176, answer=67, rows=16),
+            BucketConfig("in_context", examples=1, context=160, todo=160, answer=67, rows=16),
             BucketConfig("describe", examples=1, context=140, todo=96, answer=72, rows=2, kind="describe"),
             BucketConfig("text_to_image", examples=0, context=0, todo=144, answer=67, rows=2, kind="text_to_image"),
         ),

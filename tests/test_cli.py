@@ -68,6 +68,10 @@ def test_help_is_quick_and_teaches():
 
 @pytest.mark.parametrize("arguments, message", [
     (["fly"], "unknown: fly; commands are demo"),
+    (["trian", "--workdir", "w"], "unknown: trian; did you mean train?"),
+    (["eval", "magicbrush-multi", "--model", "m"], "unknown: magicbrush-multi; choose from pairs, "),
+    (["inspect", "--config", "configs/debug_cpu.py", "--data.stor", "s"], "did you mean --data.store?"),
+    (["inspect", "--workdir", "nowhere"], "--workdir nowhere: no run there yet"),
     (["sample", "--mdel", "x"], "--mdel"),
     (["sample"], "missing --model STR, --out PATH"),
     (["sample", "--model", "m", "--out", "o", "--seed", "z"], "--seed"),

@@ -132,7 +132,8 @@ def test_the_terminal_shows_the_same(run, capsys):
 @pytest.mark.parametrize("flags, told", [
     (["--bucket", "x"], "--bucket x: the configuration has in_context, describe"),
     (["--rows", "0"], "--rows at least 1"),
-    (["--config", "a.py"], "give one of --config FILE and --workdir DIR"),
+    (["--data.store", "elsewhere"], "elsewhere: not a complete token store"),
+    (["--config", "configs/debug_cpu.py"], "give one of --config FILE and --workdir DIR"),
 ])  # fmt: skip
 def test_mistakes_are_told(run, capsys, flags, told):
     with pytest.raises(SystemExit):

@@ -10,6 +10,7 @@ between runs, so that the next start need not compile them again.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import inspect
 import io
@@ -30,7 +31,7 @@ from xprompt_jax.commands.inspect import Inspect
 from xprompt_jax.commands.model import Compile, Convert
 from xprompt_jax.commands.sample import Describe, Sample
 from xprompt_jax.commands.serve import Serve
-from xprompt_jax.commands.train import Export, Train, default_train
+from xprompt_jax.commands.train import Export, Train, settings_of
 from xprompt_jax.errors import UserError
 
 COMMANDS: dict[str, Any] = {
@@ -56,15 +57,23 @@ def parse(arguments: Sequence[str]) -> Any:
     """Flags -> a command, one of `COMMANDS`.
 
     Raises:
-      UserError: the configuration that `train` starts from cannot be read.
+      UserError: there is no such command, or the configuration that `train` or `inspect` starts from cannot be read.
       SystemExit: help was asked for, or the flags cannot be read; tyro has printed why.
     """
     name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if name not in COMMANDS and not name.startswith("-"):
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        cure = f"did you mean {near[0]}?" if near else f"commands are {', '.join(COMMANDS)}"
+        raise UserError(f"unknown: {name}; {cure}; see `xprompt --help`")
     if name not in COMMANDS:
         lines = (__doc__ or "").splitlines()
         summary = lines[0] + "\n\n" + " ".join(lines[-2:])
         return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="xprompt", description=summary, args=list(arguments) or ["--help"])
-    default = default_train(rest) if name == "train" else None
+    default: Any = None
+    if name == "train":
+        default = Train(workdir=tyro.MISSING, settings=settings_of(rest))
+    elif name == "inspect":
+        default = Inspect(settings=settings_of(rest))
     return tyro.cli(COMMANDS[name], prog=f"xprompt {name}", description=inspect.getdoc(COMMANDS[name]), args=rest, default=default)
 
 
@@ -73,11 +82,12 @@ def _one_line(text: str) -> str:
     words = re.sub(r"[─│╭╮╰╯]|-{3,}|\x1b\[[0-9;]*m", " ", text)
     lines = [line for line in (" ".join(line.split()) for line in words.splitlines()) if line]
     found = " ".join(lines)
-    if match := re.search(r"Unrecognized options: (.+?)(?= Perhaps | Similar | Available | Arguments | For full |$)", found):
+    end = r"(?= Perhaps | Similar | Available | Arguments | For full |$)"
+    if match := re.search(rf"misplaced options: (\S+) .*?Available subcommands: (.+?){end}", found):
+        return f"unknown: {match[1]}; choose from {match[2]}"
+    if match := re.search(rf"Unrecognized options: (.+?){end}", found):
         near = re.findall(r"(?<![\w-])--[\w.-]+", found[match.end() :].split("For full")[0])
-        choices = re.search(r"Available subcommands: (.+?)(?= For full |$)", found)
-        cure = f"; did you mean {near[0]}?" if near else f"; commands are {choices[1]}" if choices else ""
-        return f"unknown: {match[1]}{cure}"
+        return f"unknown: {match[1]}" + (f"; did you mean {near[0]}?" if near else "")
     if "Missing from" in found:
         flags = [line for line in lines if re.match(r"--[\w.-]+ [A-Z{]", line)]
         return f"missing {', '.join(flags)}"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
+
+from xprompt_jax.config import Config
 from xprompt_jax.errors import UserError
 
 
@@ -16,10 +19,11 @@ from xprompt_jax.errors import UserError
 class Inspect:
     """Show the rows that a run trains on: pictures, words, roles and what carries loss, and where each row came from.
 
-    They are read back from the batch that the trainer gets, and decoded by the store's tokenizers.
+    They are read back from the batch that the trainer gets, and decoded by the store's tokenizers. Every setting of the configuration is
+    a flag, as for `xprompt train`.
 
     Examples:
-      xprompt inspect --config configs/debug_cpu.py
+      xprompt inspect --config configs/debug_cpu.py --data.store data/rain
       xprompt inspect --workdir runs/debug --step 100 --bucket in_context --rows 8 --out rows.html
       xprompt inspect --config configs/paper_mixture.py --mixture
     """
@@ -40,16 +44,15 @@ class Inspect:
     """Write a page (HTML, self-contained) instead of to the terminal."""
     mixture: bool = False
     """Instead of rows, show the store's datasets: pairs here, pairs in the paper, and how often each is drawn."""
+    settings: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
     def run(self) -> None:
         """Writes the page, or prints."""
-        from xprompt_jax.commands.train import load_config
-
         if (self.config is None) == (self.workdir is None):
             raise UserError("give one of --config FILE and --workdir DIR")
         if self.step < 0 or self.rows < 1:
             raise UserError("--step must not be negative, and --rows at least 1")
-        config = load_config(self.config or Path(self.workdir or "") / "config.json")
+        config = self.settings
         if self.mixture:
             from xprompt_jax.data.mixture import report
 

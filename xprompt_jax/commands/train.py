@@ -95,8 +95,8 @@ def load_config(path: Path) -> Config:
     return config
 
 
-def default_train(arguments: Sequence[str]) -> Train:
-    """What the flags of `train` override: the configuration that --config names, else that of the run in --workdir.
+def settings_of(arguments: Sequence[str]) -> Config:
+    """What the flags of `train` and `inspect` override: the configuration that --config names, else that of the run in --workdir.
 
     Raises:
       UserError: it cannot be read, or there is none.
@@ -104,11 +104,9 @@ def default_train(arguments: Sequence[str]) -> Train:
     split = [part for flag in arguments for part in (flag.split("=", 1) if flag.startswith("--") else [flag])]
     given = dict(itertools.pairwise(split))
     if "--config" in given:
-        settings = load_config(Path(given["--config"]))
-    elif "--workdir" in given and (Path(given["--workdir"]) / "config.json").exists():
-        settings = load_json(Config, Path(given["--workdir"]) / "config.json")
-    elif {"-h", "--help"} & set(arguments) or "--workdir" not in given:
-        settings = Config()
-    else:
-        raise UserError(f"--workdir {given['--workdir']}: no run there yet; start one with --config FILE")
-    return Train(workdir=tyro.MISSING, settings=settings)
+        return load_config(Path(given["--config"]))
+    if "--workdir" in given and (Path(given["--workdir"]) / "config.json").exists():
+        return load_json(Config, Path(given["--workdir"]) / "config.json")
+    if {"-h", "--help"} & set(arguments) or "--workdir" not in given:
+        return Config()
+    raise UserError(f"--workdir {given['--workdir']}: no run there yet; start one with --config FILE")

@@ -15,7 +15,7 @@ the rain") and under generic ones ("do the same to this image"), which leave the
 
 The same command goes on where it was stopped. Writes benchmarks/in_context/: episodes/MODEL.csv.gz (a line for each episode, PSNR-RGB in
 dB over all pixels and over those that the task changes), results.json (machine, versions, commands, tables) and tables.md. Intervals are
-95 %, paired bootstrap over queries.
+95 %, paired bootstrap over groups: the queries of a group share their example.
 """
 
 from __future__ import annotations
@@ -160,7 +160,10 @@ def scored(rows: Sequence[Row], measure: str, full: Mapping[tuple, Row]) -> dict
         "dB": {a: round(v, 2) for a, v in table.items()},
     }
     for arm in (NO_EXAMPLE, "wrong"):
-        mean, low, high = paired_bootstrap([value(row, "drawn") - value(row, arm) for row in usable])
+        differences = defaultdict(list)
+        for row in usable:
+            differences[row["group"]].append(value(row, "drawn") - value(row, arm))
+        mean, low, high = paired_bootstrap([float(np.mean(of_group)) for of_group in differences.values()])
         result[f"drawn - {arm}"] = [round(v, 2) for v in (mean, low, high)]
     same = [(row, full[key]) for row in usable if (key := tuple(row[k] for k in KEYS)) in full]
     if same:

@@ -49,7 +49,6 @@ WORDS = ("named", "generic")
 ARMS = ("copied", NO_EXAMPLE, "wrong", "drawn", "ceiling")
 KEYS = ("level", "words", "seed", "task", "group", "query")
 MEASURES = ("all", "changed")
-ZOOM = 1.4
 Row = Mapping[str, str | float]
 
 
@@ -107,8 +106,7 @@ def ask(
     """Episodes of one level, under named and under generic words: one example of a group, all its other pairs as queries."""
     size = model.config.vq.image_size
     records = list(held_pairs(
-        level, groups=args.groups, pairs_per_group=1 + args.queries, size=size, seed=1000 + seed, photos=photos, zoom=ZOOM, plain=True,
-        tasks=args.tasks,
+        level, groups=args.groups, pairs_per_group=1 + args.queries, size=size, seed=1000 + seed, photos=photos, tasks=args.tasks,
     ))  # fmt: skip
     for words in WORDS if records else ():
         said = [dataclasses.replace(r, instruction=generic(r.group)) if words == "generic" else r for r in records]

@@ -4,7 +4,8 @@
 
     scenes and free photographs -> VQGAN and BPE tokenizer of its own -> token store -> training -> OUT/run/model
 
-Each stage leaves its folder in OUT, and a second call goes on from there; training itself resumes from its checkpoints. The data are
+Every setting of the configuration is a flag, as for `xprompt train` (--train.steps 300 --data.mode causal). Each stage leaves its
+folder in OUT, and a second call goes on from there; training itself resumes from its checkpoints. The data are
 `xprompt_jax/data/levels.py`: nothing that the benchmark asks is among them, unless --full asks for the arm that has seen everything.
 Rendered scenes are ours; the photographs are the public-domain and CC0 ones inside scikit-image's wheel.
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 
 from xprompt_jax.commands.train import load_config
 from xprompt_jax.config import Config
@@ -38,12 +40,11 @@ from xprompt_jax.tokens import IMAGE_START, train_tokenizer
 from xprompt_jax.train.vqgan import train_vqgan
 
 log = logging.getLogger("make_mini")
-ZOOM = 1.4
 
 
 def main() -> None:
     """Parses the flags and runs the stages that are missing."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", type=Path, default=Path("configs/mini_cpu.py"))
     parser.add_argument("--out", type=Path, default=Path("runs/mini_cpu"))
     parser.add_argument("--groups", type=int, default=12_000, help="draws of a sub-task's parameters")
@@ -52,11 +53,9 @@ def main() -> None:
     parser.add_argument("--vq-batch", type=int, default=16)
     parser.add_argument("--full", action="store_true", help="hold nothing out: the benchmark's arm of full training")
     parser.add_argument("--tokenizers", type=Path, help="folder of a finished image and text tokenizer, to share it between arms")
-    parser.add_argument("--steps", type=int, help="training steps, in place of the configuration's")
     parser.add_argument("--run", default="run", help="name of the training's folder in OUT")
-    parser.add_argument("--set", nargs="*", default=[], metavar="SECTION.FIELD=VALUE", help="changes to the configuration, for ablations")
     parser.add_argument("--plain-start", action="store_true", help="random code embeddings, in place of the codebook's")
-    args = parser.parse_args()
+    args, settings = parser.parse_known_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
 
     config = load_config(args.config)
@@ -64,10 +63,7 @@ def main() -> None:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, store=str(store)))
     if args.full:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, holdouts=()))
-    for change in args.set:
-        config = changed(config, *change.split("=", 1))
-    if args.steps:
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=args.steps))
+    config = tyro.cli(Config, default=config, args=settings)
 
     if not store.exists():
         make_store(args, config, store)
@@ -84,22 +80,13 @@ def main() -> None:
     log.info("training took %.0f s", time.perf_counter() - clock)
 
 
-def changed(config: Config, path: str, value: str) -> Config:
-    """The configuration with one number or word changed."""
-    section, field = path.split(".")
-    part = getattr(config, section)
-    kind = type(getattr(part, field))
-    return dataclasses.replace(config, **{section: dataclasses.replace(part, **{field: kind(value)})})
-
-
 def make_store(args: argparse.Namespace, config: Config, store: Path) -> None:
     """Renders, trains the tokenizers unless they are given, and tokenises."""
     size = config.model.vq.image_size
     began = time.perf_counter()
     photos = free_photographs(size)
     records = list(training_pairs(
-        groups=args.groups, pairs_per_group=args.pairs_per_group, size=size, seed=config.data.seed, photos=photos, zoom=ZOOM, plain=True,
-        full=args.full,
+        groups=args.groups, pairs_per_group=args.pairs_per_group, size=size, seed=config.data.seed, photos=photos, full=args.full,
     ))  # fmt: skip
     # The last hundredth of the groups shows while training whether it goes well; the benchmark asks other pairs.
     last = {r.group for r in records[-max(len(records) // 100, 4 * args.pairs_per_group) :]}

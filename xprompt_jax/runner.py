@@ -96,9 +96,9 @@ def export_checkpoint(workdir: str | Path, out: str | Path, *, step: int | None 
       UserError: no run, no such checkpoint, or one that cannot be read.
     """
     workdir = Path(workdir)
-    config = load_json(Config, workdir / "config.json")
     if not (workdir / "checkpoints").is_dir():
-        raise UserError(f"{workdir}: no checkpoints yet; they come every train.save_every steps")
+        raise UserError(f"{workdir}: no checkpoints; give the folder of a run, which has some after train.save_every steps")
+    config = load_json(Config, workdir / "config.json")
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     there = checkpoints.steps()
     if not there or (step is not None and step not in there):

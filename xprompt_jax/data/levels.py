@@ -41,6 +41,8 @@ PAIRED = {"recolor": ("shape", "to"), "replace_shape": ("color", "to")}
 """Edits of which some combinations of two parameters are held out."""
 ONE_IN = 8
 TRIES = 10_000
+ZOOM = 1.4
+"""Of the camera: objects large enough for 64 codes."""
 
 
 def is_held(task: str, parameters: dict[str, Any]) -> bool:
@@ -58,7 +60,7 @@ def _one_in(n: int, words: str) -> bool:
 
 def training_pairs(
     *, groups: int, pairs_per_group: int, size: int, seed: int = 0, photos: Sequence[np.ndarray] = (), photo_fraction: float = 0.4,
-    zoom: float = 1.0, plain: bool = False, tasks: Sequence[str] | None = None, full: bool = False,
+    zoom: float = ZOOM, plain: bool = True, tasks: Sequence[str] | None = None, full: bool = False,
 ) -> Iterator[Record]:  # fmt: skip
     """Pairs to train on; all sub-tasks take turns.
 
@@ -88,7 +90,7 @@ def training_pairs(
 
 def held_pairs(
     level: Level, *, groups: int, pairs_per_group: int, size: int, seed: int = 0, photos: Sequence[np.ndarray] = (),
-    photo_fraction: float = 0.4, zoom: float = 1.0, plain: bool = False, tasks: Sequence[str] | None = None,
+    photo_fraction: float = 0.4, zoom: float = ZOOM, plain: bool = True, tasks: Sequence[str] | None = None,
 ) -> Iterator[Record]:  # fmt: skip
     """Pairs to ask, of one level: `groups` of every sub-task that the level has; arguments as for `training_pairs`.
 

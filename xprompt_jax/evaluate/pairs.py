@@ -180,9 +180,7 @@ def run_pairs(
         for first in range(0, len(episodes), AT_ONCE):
             part = episodes[first : first + AT_ONCE]
             opened = {id(e.query): e.query for e in part}
-            pictures = {key: read(record) for key, record in opened.items()}
-            targets = [after for _, after in pictures.values()]
-            ceilings = dict(zip(pictures, map(np.asarray, model.decode_images(model.encode_images(targets))), strict=True))
+            pictures, ceilings = read_queries(model, opened, read)
             own, other = [shown(e.example)[0] for e in part], [shown(e.wrong, e.backwards)[0] for e in part]
             queries = [e.query for e in part] * 2
             prompts = own + other
@@ -201,6 +199,15 @@ def run_pairs(
                     arms[NO_EXAMPLE] = drawn[id(shown.nothing), key]
                 yield Outcome(e, shown(e.example)[1], arms, after)
             bar.update(len(part))
+
+
+def read_queries(
+    model: XPrompt, queries: Mapping[int, Record], read: Read
+) -> tuple[dict[int, tuple[np.ndarray, np.ndarray]], dict[int, np.ndarray]]:  # fmt: skip
+    """Under the same keys: input and output of every query, and its output after the image tokenizer, uint8 [size, size, 3]."""
+    pictures = {key: read(record) for key, record in queries.items()}
+    targets = [after for _, after in pictures.values()]
+    return pictures, dict(zip(pictures, map(np.asarray, model.decode_images(model.encode_images(targets))), strict=True))
 
 
 def _crop(image: Any, size: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from xprompt_jax.data.sources import Record
 from xprompt_jax.evaluate.modes import Mode, Shown, draw_shown
-from xprompt_jax.evaluate.pairs import AT_ONCE, NO_EXAMPLE, Episode, Examples, Outcome, Read, pairs_in
+from xprompt_jax.evaluate.pairs import AT_ONCE, NO_EXAMPLE, Episode, Examples, Outcome, Read, pairs_in, read_queries
 
 if TYPE_CHECKING:
     from xprompt_jax.sample.sampler import XPrompt
@@ -62,10 +62,7 @@ def run_turns(
     with tqdm(total=total, unit="turn", desc="drawing", disable=not progress) as bar:
         for first in range(0, len(episodes), AT_ONCE):
             part = episodes[first : first + AT_ONCE]
-            opened = {id(e.query): e.query for e in part}
-            pictures = {key: read(query) for key, query in opened.items()}
-            targets = [after for _, after in pictures.values()]
-            ceilings = dict(zip(pictures, map(np.asarray, model.decode_images(model.encode_images(targets))), strict=True))
+            pictures, ceilings = read_queries(model, {id(e.query): e.query for e in part}, read)
             # (episode, arm) -> what it has drawn so far; without an example, (query, arm).
             now: dict[tuple[int, str], np.ndarray] = {}
             for i, e in enumerate(part):

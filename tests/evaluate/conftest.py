@@ -1,5 +1,6 @@
 """A tiny model and pictures for whole runs."""
 
+import gc
 import json
 
 import jax
@@ -15,6 +16,32 @@ from xprompt_jax.data.images import save_png
 from xprompt_jax.model.chameleon import Chameleon
 from xprompt_jax.model.params import flatten, unflatten
 from xprompt_jax.model.vqgan import VQGAN
+
+
+@pytest.fixture(scope="package", autouse=True)
+def forget_compiled_programs():
+    """In place of that of each module: the modules here share their programs, and forget them together."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
+@pytest.fixture(scope="package", autouse=True)
+def models_are_loaded_once():
+    """A folder that is asked for again with the same options gives the model of before, with the programs it has compiled."""
+    load, loaded = XPrompt.from_pretrained, {}
+
+    def once(model, *, mesh=None, **options):
+        if mesh is not None:
+            return load(model, mesh=mesh, **options)
+        key = str(model), repr(sorted(options.items()))
+        if key not in loaded:
+            loaded[key] = load(model, **options)
+        return loaded[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(XPrompt, "from_pretrained", once)
+        yield
 
 
 @pytest.fixture(scope="session")

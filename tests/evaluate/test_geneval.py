@@ -97,14 +97,22 @@ def test_score_is_the_mean_over_tasks(capsys, data, drawn, tmp_path):
     printed = capsys.readouterr().out.splitlines()
     # single 4 / 4, counting 1 / 8, colour attribution 2 / 4, position 0 / 4; over images it would be 7 / 20.
     tasks = {"single_object": 1.0, "counting": 0.125, "position": 0.0, "color_attr": 0.5}
-    assert printed[:5] == [*(f"geneval {tag}: {score:.4f}" for tag, score in tasks.items()), f"geneval overall: {1.625 / 4:.4f}"]
+    paper = {"single_object": 0.98, "counting": 0.33, "position": 0.26, "color_attr": 0.28, "overall": 0.57}
+    assert printed[:5] == [
+        f"geneval {tag}: {score:.4f}; paper: X-Prompt with text prediction {paper[tag]:g}"
+        for tag, score in {**tasks, "overall": 1.625 / 4}.items()
+    ]
+    assert printed[5] == "geneval: 20 images of 5 prompts are not the benchmark, which has 553 prompts and 4 images of each"
     result = json.loads((drawn / "result.json").read_text())
     assert {name: s["drawn"]["mean"] for name, s in result["scores"].items()} == {**tasks, "overall": 1.625 / 4}
     assert result["shares"] == {"images": 7 / 20, "prompts": 3 / 5} and result["seed"] == 3
     assert result["model"]["fingerprint"] == json.loads((drawn / "run.json").read_text())["model"]
     assert "0.40625" in (drawn / "index.html").read_text()
     main(["eval", "recompute", str(drawn)])
-    assert "all 10 numbers" in capsys.readouterr().out
+    assert "all 12 numbers" in capsys.readouterr().out  # 5 scores, 5 prompts, 2 shares
+    (drawn / "result.json").write_text(json.dumps(result | {"shares": {"images": 7 / 20, "prompts": 4 / 5}}))
+    assert "shares.prompts is 0.8, and 0.6" in fails(capsys, "eval", "recompute", drawn)
+    (drawn / "result.json").write_text(json.dumps(result))
     (drawn / "results.jsonl").write_text(verdicts(right | {(4, 0)}))
     assert "scores.position.drawn.mean is 0.0, and 0.25" in fails(capsys, "eval", "recompute", drawn)
 
@@ -175,4 +183,5 @@ def test_flags_that_would_do_nothing_are_refused(capsys, data, tmp_path):
     assert "flags of drawing need --model" in fails(capsys, *flags, "--top-k", 3)
     assert "not both" in fails(capsys, *flags, "--results", "r", "--detections", "d")
     assert "--num-images must be at least 1" in fails(capsys, *flags, "--num-images", 0)
-    assert "none.jsonl: cannot read" in fails(capsys, "eval", "geneval", "--data", tmp_path / "none.jsonl", "--out", tmp_path)
+    line = fails(capsys, "eval", "geneval", "--data", tmp_path / "none.jsonl", "--out", tmp_path)
+    assert "none.jsonl: no such file; give GenEval's prompts/evaluation_metadata.jsonl, 553 lines {" in line

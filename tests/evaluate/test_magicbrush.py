@@ -107,7 +107,9 @@ def test_scores_are_those_of_the_files(capsys, archive, weights, model, tmp_path
             for metric, value in wanted.items():
                 assert query["scores"][metric][arm] == pytest.approx(value, abs=2e-5), (metric, arm)
     (told,) = (line for line in printed if line.startswith("magicbrush dino_target: drawn"))
-    assert told.endswith("; paper: MagicBrush's own model, Table 3 0.899")
+    assert told.endswith("; paper: X-Prompt, Table 3 0.781")
+    assert result["published"]["rows"]["MagicBrush's own model, Table 3"]["DINO"] == 0.899
+    assert printed[-2].startswith("magicbrush: 2 queries are not the benchmark, which has 1,053; ")
     main(["eval", "recompute", str(tmp_path), "--clip", str(weights[0]), "--dino", str(weights[1])])
     assert "numbers of result.json follow from its files" in capsys.readouterr().out
     with pytest.raises(SystemExit):
@@ -135,6 +137,7 @@ def test_index_gives_every_turn_the_pairs_with_the_nearest_instructions(capsys, 
     nearest = [set(row[:2].tolist()) for row in np.argsort(-cosines, axis=1)]
     assert [found["139-input.png"], found["139-output1.png"]] == nearest and len(found) == 2 and 4 in nearest[0] and 1 in nearest[1]
     assert result["data"]["queries"] == 2 and result["data"]["wrong_example"] == "a pair of another group"
+    assert "; paper: X-Prompt + RAIE, Table 3 0.097" in capsys.readouterr().out
     weights_flags = ["--clip", str(weights[0]), "--dino", str(weights[1])]
     main(["eval", "recompute", str(tmp_path / "o"), *weights_flags, "--index", str(tmp_path / "i")])
     assert "numbers of result.json follow from its files" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from xprompt_jax.data import palettes
 from xprompt_jax.evaluate import metrics
 
 
@@ -132,12 +133,23 @@ def test_normal_angles():
     assert np.isnan(metrics.normal_angles([guess], [truth * 0])["mean"])
 
 
+def test_normal_angles_equal_the_arc_cosine_of_bae_et_al():
+    rng = np.random.default_rng(1)
+    truths = [rng.normal(size=(80, 90, 3)) * (rng.random((80, 90, 1)) < 0.9) for _ in range(2)]
+    guesses = [t + 0.4 * rng.normal(size=t.shape) for t in truths]
+    t, g = (np.concatenate([part[truth.any(-1)] for part, truth in zip(parts, truths, strict=True)]) for parts in (truths, guesses))
+    cosine = np.sum(t * g, -1) / np.linalg.norm(t, axis=-1) / np.linalg.norm(g, axis=-1)
+    angle = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
+    expected = {"mean": angle.mean(), "median": np.median(angle), **{f"{a}": np.mean(angle < a) for a in (11.25, 22.5, 30)}}
+    assert metrics.normal_angles(guesses, truths) == pytest.approx(expected, rel=1e-6)
+
+
 def test_median_angle_of_summed_histograms():
     rng = np.random.default_rng(0)
-    truths = [rng.normal(size=(60, 70, 3)) for _ in range(3)]
+    truths = [rng.normal(size=(200, 200, 3)) for _ in range(3)]
     guesses = [t + rng.normal(size=t.shape) * s for t, s in zip(truths, (0.1, 0.5, 2), strict=True)]
     histogram = sum(metrics.angle_histogram(g, t) for g, t in zip(guesses, truths, strict=True))
-    assert metrics.median_angle(histogram) == pytest.approx(metrics.normal_angles(guesses, truths)["median"], abs=0.05)
+    assert metrics.median_angle(histogram) == pytest.approx(metrics.normal_angles(guesses, truths)["median"], abs=0.005)  # of some 30
     assert np.isnan(metrics.median_angle(histogram * 0))
     # Ten pixels between 20.0 and 20.1 degrees, two below: half of twelve is four tenths into the bin.
     counts = np.bincount([3, 7] + [200] * 10, minlength=metrics.ANGLE_BINS)
@@ -150,3 +162,50 @@ def test_mean_iou_sums_counts_over_images():
     # class 0: 2 hits, union 3; class 1: 1 hit, union 3; class 2: no hit, union 1; class 3: nowhere.
     assert metrics.mean_iou(guess, truth, 4) == pytest.approx((2 / 3 + 1 / 3 + 0) / 3)
     assert np.isnan(metrics.mean_iou([np.zeros((1, 1), int)], [-np.ones((1, 1), int)], 4))
+
+
+def test_mean_iou_and_depth_equal_plain_definitions():
+    """150 classes by sets of pixels; depth through masked arrays."""
+    rng = np.random.default_rng(2)
+    truth = rng.integers(-1, 150, (40, 60))
+    guess = np.where(rng.random(truth.shape) < 0.6, truth, rng.integers(0, 150, truth.shape)).clip(0)
+    scored = truth >= 0
+    ratios = []
+    for label in range(150):
+        a, b = set(np.flatnonzero((guess == label) & scored)), set(np.flatnonzero(truth == label))
+        ratios += [len(a & b) / len(a | b)] if a | b else []
+    assert metrics.mean_iou([guess], [truth], 150) == pytest.approx(np.mean(ratios), rel=1e-9)
+
+    truths, guesses = rng.uniform(-1, 12, (2, 3, 480, 640))
+    hidden = np.ones((480, 640), bool)
+    hidden[45:471, 41:601] = False
+    errors = [np.ma.array(np.clip(g, 1e-3, 10) - t, mask=hidden | (t <= 1e-3) | (t >= 10)) for g, t in zip(guesses, truths, strict=True)]
+    assert metrics.depth_rmse_painter(guesses, truths) == pytest.approx(np.mean([np.ma.sqrt((e**2).mean()) for e in errors]), rel=1e-9)
+    pooled = np.sqrt(sum((e**2).sum() for e in errors) / sum(e.count() for e in errors))
+    assert metrics.depth_rmse_pooled(guesses, truths) == pytest.approx(pooled, rel=1e-9)
+
+
+def noisy(colours, sigma, rng):
+    """What a lossy tokenizer does to them."""
+    return np.clip(np.rint(colours + rng.normal(0, sigma, colours.shape)), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("sigma, painter, separated", [(12, 0.82, 0.95), (16, 0.61, 0.81)])
+def test_class_colours_under_noise_give_the_worked_shares(sigma, painter, separated):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 150, 10_000)
+    for palette, share in ((palettes.painter_ade(), painter), (palettes.max_separation(150), separated)):
+        assert np.mean(palette.decode(noisy(palette.encode(labels), sigma, rng)) == labels) == pytest.approx(share, abs=0.015)
+
+
+@pytest.mark.parametrize("name, at_8, at_16", [
+    ("grey", 0.180, 0.355), ("spectral", 0.197, 0.413), ("viridis", 0.228, 0.465), ("magma", 0.157, 0.315), ("rdylbu", 0.122, 0.243),
+    ("turbo", 0.100, 0.200), ("jet", 0.083, 0.163),
+])  # fmt: skip
+def test_depth_colours_under_noise_give_the_worked_errors(name, at_8, at_16):
+    rng = np.random.default_rng(0)
+    depth = rng.uniform(0.5, 9.99, (80, 100))
+    palette = palettes.get_palette(name)
+    for sigma, error in ((8, at_8), (16, at_16)):
+        decoded = palette.decode(noisy(palette.encode(depth), sigma, rng))
+        assert metrics.depth_rmse_painter([decoded], [depth]) == pytest.approx(error, abs=0.012)

@@ -125,11 +125,14 @@ def test_rows_and_columns_are_the_papers(table):
     assert tuple(result["scores"]) == TASKS
     with (out / "table4.csv").open() as f:
         cells = {(r["suite"], r["metric"], r["row"]): r for r in csv.DictReader(f)}
-    assert {row for _, _, row in cells} == set(ROWS)
+    assert {row for _, _, row in cells} == {*ROWS, published.OMNIGEN}
+    omnigen = cells["derain_heavy", "psnr_rgb", published.OMNIGEN]
+    assert omnigen["mean"] == "" and float(omnigen["published"]) == 13.14 and "(13.14)" in (out / "index.html").read_text()
     assert float(cells["derain_heavy", "psnr_rgb", published.XP]["published"]) == 18.91
     assert float(cells["depth", "depth_rmse_painter", published.CAUSAL]["published"]) == 0.390
     assert float(cells["low_light", "ssim_skimage_default", published.NO_EXAMPLE]["published"]) == 0.253
-    assert cells["object_addition", "clip_direction", published.XP]["published"] == ""  # not known to us
+    assert float(cells["object_addition", "clip_direction", published.NO_EXAMPLE]["published"]) == -0.031
+    assert float(cells["object_removal", "clip_text_global", published.FULL]["published"]) == 0.265
     assert (
         cells["low_light", "psnr_rgb", OWN_NO_EXAMPLE]["published"] == ""
         and float(cells["depth", "palette_distance", published.XP]["mean"]) > 0

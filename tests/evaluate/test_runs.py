@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,7 +31,8 @@ def arguments(model, data, out, *more, suite="pairs"):
 def environment():
     """Of a process that runs the command."""
     cache, root = jax.config.jax_compilation_cache_dir, Path(__file__).parents[2]
-    return {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache, "PYTHONPATH": str(root)}
+    keep = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+    return {**os.environ, **keep, "JAX_COMPILATION_CACHE_DIR": cache, "PYTHONPATH": str(root)}
 
 
 def fails(capsys, *words):
@@ -124,6 +126,12 @@ def test_recompute_confirms_and_finds_what_was_changed(capsys, runs, tmp_path):
     assert "none" in (message := fails(capsys, "eval", "recompute", out)) and "were changed" in message
     save_png(pixels[:8, :8], picture)
     assert "00003/none.png: not 16 x 16 pixels" in fails(capsys, "eval", "recompute", out)
+    shutil.copy(runs / "a" / "images" / "00003" / "none.png", picture)
+    for name, place in (("scores.csv", r"(?m)\d(?=$)"), ("index.html", r"\d(?=</td>)")):
+        text = (out / name).read_text()
+        (out / name).write_text(re.sub(place, lambda m: str((int(m[0]) + 1) % 10), text, count=1))
+        assert f"{name}: missing, or not what result.json says" in fails(capsys, "eval", "recompute", out)
+        (out / name).write_text(text)
     picture.unlink()
     assert "none.png: no such file" in fails(capsys, "eval", "recompute", out)
     assert "result.json: cannot read" in fails(capsys, "eval", "recompute", tmp_path)
@@ -161,7 +169,7 @@ def test_compare_takes_the_queries_that_both_have(capsys, tiny_folders, pair_fol
             (few / side).mkdir(parents=True, exist_ok=True)
             shutil.copy(pair_folder / side / f"{i:02d}.png", few / side)
     main(arguments(tiny_folders[1], few, tmp_path / "b"))
-    main(["eval", "compare", str(runs / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "c")])
+    main(["eval", "--compare", str(runs / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "c")])
     marks = [{q["sha256"] for q in json.loads((p / "result.json").read_text())["queries"]} for p in (runs / "a", tmp_path / "b")]
     assert f"over {len(marks[0] & marks[1])} queries" in capsys.readouterr().out and 0 < len(marks[0] & marks[1]) < 4
     assert "do not have all queries in common" in (tmp_path / "c" / "index.html").read_text()
@@ -180,7 +188,7 @@ def test_what_cannot_be_compared_is_one_line(capsys, runs, tmp_path):
     assert "different sizes (16 and 16 pixels)" in altered(lambda r: r["protocol"].update(frame="another"))
     assert "have no query in common" in altered(lambda r: [q.update(sha256="0") for q in r["queries"]])
     assert "result.json: not of this version" in altered(lambda r: r.update(format="xprompt-eval-1"))
-    assert "give two folders" in fails(capsys, "eval", "compare", runs / "a") and not (tmp_path / "c").exists()
+    assert "give two folders" in fails(capsys, "eval", "compare", runs / "a", "--out", tmp_path / "c") and not (tmp_path / "c").exists()
 
 
 def files(out):
@@ -201,7 +209,7 @@ def test_two_processes_draw_one_run(tiny_folders, pair_folder, pairs_run, tmp_pa
     assert [process.returncode for process in processes] == [0, 0], told
     # Whichever ended last found all images and scored them; at least one says so, and perhaps the other that it waits.
     assert any("open " in said for said, _ in told) and all("open " in said or "part " in said for said, _ in told)
-    assert all("it/s" in errors or "image/s" in errors or "s/image" in errors for _, errors in told), "no progress was told"
+    assert all(re.search(r"\d+/\d+ \[\d\d:\d\d<\d\d:\d\d, .*image", errors) for _, errors in told), "no time left was told"
     assert files(out) == files(pairs_run)
     assert json.loads((out / "run.json").read_text()) == json.loads((pairs_run / "run.json").read_text())
 

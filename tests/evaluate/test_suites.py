@@ -147,6 +147,7 @@ def test_derain_prints_the_paper_beside_and_scores_whole_images(capsys, model, f
     main(["eval", "derain", "--model", str(folder), "--data", str(tmp_path / "d"), "--out", str(tmp_path / "o"), "--examples", "1"])
     out = capsys.readouterr().out
     assert out.count("; paper: X-Prompt, Table 2 25.53") == 2 and "does not say whether RGB or Y" in out
+    assert "derain: 2 queries are not the benchmark, which has 100; " in out
     result = strict_json(tmp_path / "o" / "result.json")
     assert "error" in (tmp_path / "o" / "index.html").read_text()
     assert result["published"]["rows"]["X-Prompt, Table 2"] == {"PSNR": 25.53, "SSIM": 0.843}
@@ -172,6 +173,9 @@ def test_examples_from_elsewhere_leave_every_pair_a_query(folder, data, tmp_path
     main(["eval", "low_light", "--model", str(folder), "--out", str(tmp_path / "o"), *flags])
     queries = strict_json(tmp_path / "o" / "result.json")["queries"]
     assert len(queries) == 2 and all("/test/" in q["input"] and "/train/" in q["example"] for q in queries)
+    assert all(q["words"] == ["brighten the dark photograph"] for q in queries)
+    with pytest.raises(UserError, match=r"0\.png would be an example for itself \(equal files\)"):
+        runs.make_plan(SUITES["low_light"], tmp_path / "test", examples_from=tmp_path / "test")
 
 
 def test_groups_without_examples_are_named(capsys, folder, data, tmp_path):
@@ -207,12 +211,13 @@ def test_a_task_is_compiled_once(model):
     """More queries of a task, other pictures, words and seeds need no further program."""
     draw = lambda seed, count: list(
         run_pairs(
-            model, make_episodes([record(100 * seed + i, "g", "a") for i in range(count)]), no_example=True, seed=seed, progress=False
+            model, make_episodes([record(100 * seed + i, "g", "a") for i in range(count)], examples=1), no_example=True, seed=seed,
+            progress=False,
         )
-    )
-    draw(1, 17)
+    )  # fmt: skip
+    draw(1, 6)
     programs = decode_image._cache_size(), model._compiled_examples._cache_size()
-    draw(2, 33)
+    draw(2, 22)  # a whole batch, and a part of one
     assert (decode_image._cache_size(), model._compiled_examples._cache_size()) == programs
 
 
@@ -309,18 +314,34 @@ def test_pooled_sums_equal_the_metrics_over_all_images():
     assert np.isnan(reduce_sums([])) and np.isnan(reduce_sums([(0.0, 0)]))
 
 
-def dense(tmp_path, suite):
-    """Truth files in each suite's own format, three scenes."""
+DENSE = {
+    "depth": ("official_splits/test/study_000{}/rgb_0004{}.jpg", "official_splits/test/study_000{}/sync_depth_0004{}.png"),
+    "segmentation": ("ADEChallengeData2016/images/validation/ADE_val_0000000{1}.jpg",
+                     "ADEChallengeData2016/annotations/validation/ADE_val_0000000{1}.png"),
+    "normals": ("test/img/00000{1}.png", "test/norm/00000{1}.png"),
+    "normals_nyud": ("images/000{1}.png", "normals/000{1}.png"),
+}  # fmt: skip
+"""Where BTS, ADE20K, GeoNet and NYUD-MT keep inputs and truths, by scene and number."""
+
+
+def dense(root, suite):
+    """Truth files in each suite's own format and place, three scenes; of NYUD-MT two more, which train."""
     rng = np.random.default_rng(0)
-    for i in range(3):
-        save_png(picture(i, shape=(24, 32)), tmp_path / "input" / f"{i}.png")
+    for i in range(5 if suite == "normals_nyud" else 3):
+        before, after = (root / name.format(i % 2, i) for name in DENSE[suite])
+        before.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(picture(i, shape=(24, 32))).save(before)
         if suite == "depth":
             truth = (1000 + 8000 * np.linspace(0, 1, 32)[None] * np.ones((24, 1))).astype(np.uint16)
         elif suite == "segmentation":
             truth = np.kron(rng.integers(0, 151, (3, 4)), np.ones((8, 8), int)).astype(np.uint8)
         else:
             truth = palettes.encode_normals(np.broadcast_to([0, 0.6, 0.8], (24, 32, 3)))
-        save_png(truth, tmp_path / "target" / f"{i}.png")
+        save_png(truth, after)
+    if suite == "normals_nyud":
+        (root / "gt_sets").mkdir()
+        (root / "gt_sets" / "val.txt").write_text("0000\n0001\n0002\n")
+        (root / "gt_sets" / "train.txt").write_text("0003\n0004\n")
 
 
 def test_normals_are_unknown_where_no_unit_vector_stands(tmp_path):
@@ -332,7 +353,7 @@ def test_normals_are_unknown_where_no_unit_vector_stands(tmp_path):
     np.testing.assert_allclose(truth[1, 1], [0, 0.6, 0.8], atol=0.01)
 
 
-@pytest.mark.parametrize("suite, sides", [("deblur", ("input", "target")), ("denoise", ("noisy", "clean"))])
+@pytest.mark.parametrize("suite, sides", [("deblur", ("GOPR0384/blur", "GOPR0384/sharp")), ("denoise", ("noisy", "clean"))])
 def test_photograph_suites_follow_from_their_files(capsys, folder, tmp_path, suite, sides):
     for i in range(2):
         for j, side in enumerate(sides):
@@ -349,13 +370,19 @@ def test_dense_suites_read_their_files_and_know_the_truth(capsys, folder, tmp_pa
     dense(tmp_path, suite)
     main(["eval", suite, "--model", str(folder), "--data", str(tmp_path), "--out", str(tmp_path / "o"), "--examples", "1"])
     assert "; paper: X-Prompt, Table 2" in capsys.readouterr().out
-    for scores in strict_json(tmp_path / "o" / "result.json")["scores"].values():
+    result = strict_json(tmp_path / "o" / "result.json")
+    for scores in result["scores"].values():
         assert all(scores[arm]["mean"] is not None for arm in runs.ARMS)
+    if suite == "normals_nyud":  # all that its list names is asked, what trains is shown
+        assert [q["input"][-8:-4] for q in result["queries"]] == ["0000", "0001", "0002"]
+        assert {q["example"][-8:-4] for q in result["queries"]} < {"0003", "0004"}
+    else:  # one is set aside
+        assert result["data"]["queries"] == 2
     main(["eval", "recompute", str(tmp_path / "o")])
     assert "numbers of result.json follow from its files" in capsys.readouterr().out
     # A picture of the truth, drawn without fault at the model's size, is nearly or wholly right.
     table = get_suite(suite)
-    truth = Record(tmp_path / "input" / "0.png", tmp_path / "target" / "0.png", "")
+    truth = Record(*(tmp_path / name.format(0, 0) for name in DENSE[suite]), "")
     _, after = table.read(truth, 48)
     sums = table.score(truth, {"drawn": after}, 48)
     assert list(sums) == [metric.name for metric in table.metrics]
@@ -370,6 +397,9 @@ def test_colours_can_be_chosen(tmp_path):
     adherence = [get_suite("depth", name).metrics[2].measure(drawn, None, None)[0] for name in ("turbo", "magma")]
     assert adherence[0] == 0 and adherence[1] > 20
     assert isinstance(labels, Labels) and labels.palette.colors[0].tolist() == [255, 255, 255]
+    # By a sum of differences, Painter's, classes 116 (129, 213, 171) and 146 (87, 255, 171) are both 154 away; by squares 146 is nearer.
+    odd = np.array([[[8, 195, 186]]], np.uint8)
+    assert labels.decode(odd, (1, 1)) == 116 and labels.palette.decode(odd) == 146
     np.save(tmp_path / "d.npy", np.full((4, 5), 2.5))
     np.testing.assert_array_equal(depth.read(tmp_path / "d.npy"), np.full((4, 5), 2.5, np.float32))
     np.save(tmp_path / "d.npy", np.zeros((4, 5, 3)))

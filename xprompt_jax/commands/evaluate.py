@@ -134,18 +134,20 @@ class Reconstruction:
 class Compare:
     """Two results of one suite beside each other: differences with paired bootstrap intervals.
 
+    `xprompt eval --compare A B` says the same.
+
     Example: xprompt eval compare scores/causal scores/xprompt --out scores/causal-and-xprompt
     """
 
     folders: tyro.conf.Positional[tuple[Path, ...]] = ()
     """A B, the --out folders of two finished runs."""
-    out: Path | None = None
+    out: Path = Path("comparison")
     """Folder for compare.csv and index.html."""
 
     def run(self) -> None:
         """Compares."""
-        if len(self.folders) != 2 or self.out is None:
-            raise UserError("give two folders with results and one for the comparison: xprompt eval compare A B --out C")
+        if len(self.folders) != 2:
+            raise UserError("give two folders with results: xprompt eval compare A B")
         from xprompt_jax.evaluate.compare import compare, lines
 
         print("\n".join(lines(compare(*self.folders, self.out))))
@@ -218,7 +220,7 @@ class Evaluate:
     and `xprompt eval SUITE --help`.
 
     Examples:
-      xprompt eval pairs --model demo/model --data pairs.jsonl --out scores/mine
+      xprompt eval pairs --model mini --data pairs.jsonl --out scores/mine
       xprompt eval derain --model models/anole-7b --data Rain100L --examples-from Rain13K/train --out scores/derain
       xprompt eval geneval --model models/anole-7b --data evaluation_metadata.jsonl --out scores/geneval
     """

@@ -161,8 +161,8 @@ class Pairs(DrawingFlags):
         if result is None:
             return tell_waiting(self.out, self.part())
         print("\n".join(lines(suite, result)))
-        if suite.note:
-            print(f"{suite.name}: {suite.note}")
+        if note := result["published"]["note"]:
+            print(f"{suite.name}: {note}")
         print(f"open {self.out / 'index.html'}")
 
     def find_suite(self) -> Suite:
@@ -176,7 +176,7 @@ class Pairs(DrawingFlags):
 class World(Pairs):
     """Edits of rendered scenes, against exact ground truth; renders its own data.
 
-    Example: xprompt eval world --model demo/model --out scores/world
+    Example: xprompt eval world --model mini --out scores/world
     """
 
     data: Path | None = None  # type: ignore[assignment]

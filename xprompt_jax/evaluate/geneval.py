@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELIABLE = 0.8
 """Detectors that are set up wrongly score low without a word; published models reach this on single objects."""
+PROMPTS, IMAGES = 553, 4
+"""Of the benchmark: prompts, and images of each."""
 
 Image = tuple[int, int]
 """Number of the prompt, number of the image."""
@@ -49,6 +51,9 @@ def read_metadata(path: Path) -> list[dict[str, Any]]:
     Raises:
       UserError: unreadable, empty, or a line of another kind.
     """
+    if not path.is_file():
+        fields = '{"tag", "prompt", "include": [{"class", "count", "color", "position"}], "exclude"}'
+        raise UserError(f"{path}: no such file; give GenEval's prompts/evaluation_metadata.jsonl, {PROMPTS} lines {fields}")
     rows = []
     for number, row in read_json_lines(path):
         problem = _problem(row)
@@ -294,29 +299,49 @@ def write_scores(out: Path, correct: Mapping[Image, bool], metadata: Sequence[Ma
     run = read_json(out / "run.json") if (out / "run.json").exists() else {}  # images of another program have none
     result = make_result(correct, metadata) | {
         "model": {"fingerprint": run.get("model")}, "judged_by": judged_by,
-        "published": {"source": published.SOURCE, "rows": {}, "missing": published.MISSING["Table 1"]},
+        "published": {"source": published.SOURCE, "rows": published.TABLE_1, "note": _note(len(metadata), len(correct))},
         "seed": run.get("seed"), "sampling": run.get("sampling"), "versions": versions(),
     }  # fmt: skip
     write_json(out / "result.json", result)
+    write_tables(out, out, result, correct, metadata)
+    return result
+
+
+def write_tables(
+    to: Path, out: Path, result: Mapping[str, Any], correct: Mapping[Image, bool], metadata: Sequence[Mapping[str, Any]]
+) -> None:  # fmt: skip
+    """scores.csv, index.html and grid.png in a folder, from what result.json says and the images of a run."""
     counts = Counter(metadata[prompt]["tag"] for prompt, _ in correct)
     scores, shares = {name: arms["drawn"]["mean"] for name, arms in result["scores"].items()}, result["shares"]
     rows = tuple((name, f"{score:.5f}", str(counts.get(name, len(correct)))) for name, score in scores.items())
-    with atomic_path(out / "scores.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
+    text = lambda value: "" if value is None else f"{value:.2f}"
+    beside = [("this run", *(text(scores.get(name)) for name in ("overall", *TAGS)))]
+    beside += [(row, *(text(columns.get(name)) for name in ("overall", *TAGS))) for row, columns in published.TABLE_1.items()]
+    with atomic_path(to / "scores.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f)
         writer.writerow(["prompt", "tag", "share of right images"])
         writer.writerows((q["prompt"], tag, arms["drawn"]) for q in result["queries"] for tag, arms in q["scores"].items())
     pictures = _picture_rows(out, correct, metadata)
-    contact_sheet(out / "grid.png", pictures, title="xprompt eval geneval", scale=1)
+    contact_sheet(to / "grid.png", pictures, title="xprompt eval geneval", scale=1)
     write_report(
-        out / "index.html", title="xprompt eval geneval",
-        lead=f"{result['measures']} Judged by {judged_by}. The overall score is the mean over the tasks, not over the images. "
-             "No number of the paper's Table 1 is at hand, so none stands beside.",
-        facts=[("model", str(run.get("model"))), ("prompts", str(len(metadata))), ("images", str(len(correct))),
+        to / "index.html", title="xprompt eval geneval",
+        lead=f"{result['measures']} Judged by {result['judged_by']}. The overall score is the mean over the tasks, not over the images. "
+             f"Beside published numbers: {result['published']['note']}.",
+        facts=[("model", str(result["model"]["fingerprint"])), ("prompts", str(len(metadata))), ("images", str(len(correct))),
                ("right images", f"{shares['images']:.2%}"), ("prompts with a right image", f"{shares['prompts']:.2%}")],
         rows=pictures, heading="Prompts and verdicts", curves=[],
-        tables=[Table("Share of right images", ("task", "share", "images"), rows)],
+        tables=[
+            Table("Share of right images", ("task", "share", "images"), rows),
+            Table(f"Beside Table 1 of {published.SOURCE}", ("model", "overall", *(tag.replace("_", " ") for tag in TAGS)), tuple(beside)),
+        ],
     )  # fmt: skip
-    return result
+
+
+def _note(prompts: int, images: int) -> str:
+    """What to know before comparing."""
+    if (prompts, images) != (PROMPTS, PROMPTS * IMAGES):
+        return f"{images} images of {prompts} prompts are not the benchmark, which has {PROMPTS} prompts and {IMAGES} images of each"
+    return "scores of the official detector compare, those of another one do not"
 
 
 def _picture_rows(out: Path, correct: Mapping[Image, bool], metadata: Sequence[Mapping[str, Any]]) -> list[ReportRow]:
@@ -334,9 +359,11 @@ def _picture_rows(out: Path, correct: Mapping[Image, bool], metadata: Sequence[M
 
 
 def lines(result: Mapping[str, Any]) -> list[str]:
-    """One line for each task, the overall score, and a warning where the detector may be at fault."""
+    """One line for each task and the overall score, beside the paper's; what to know, and a warning where the detector may be at fault."""
     scores = {name: arms["drawn"]["mean"] for name, arms in result["scores"].items()}
-    told = [f"geneval {name}: {value:.4f}" for name, value in scores.items()]
+    row, paper = next(iter(published.TABLE_1.items()))
+    told = [f"geneval {name}: {value:.4f}; paper: {row} {paper[name]:g}" for name, value in scores.items()]
+    told.append(f"geneval: {result['published']['note']}")
     if scores.get("single_object", 1.0) < RELIABLE:
         told.append(f"geneval: single_object is below {RELIABLE}: see first whether the detector's configuration and checkpoint fit")
     return told

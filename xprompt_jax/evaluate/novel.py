@@ -90,11 +90,11 @@ _OBJECT_METRICS = (DIRECTION, dataclasses.replace(TEXT_GLOBAL, column="CLIP_out"
 _OBJECT_NOTE = "the paper's 100 hand-picked pairs are not published, so ours are others; nor does it name its CLIP"
 OBJECT_ADDITION = ObjectSuite(
     "object_addition", "InstructPix2Pix: objects added by instruction, a novel task of Table 4.", _OBJECT_METRICS, layouts=(),
-    note=_OBJECT_NOTE, kind="add",
+    note=_OBJECT_NOTE, kind="add", count=COUNT,
 )  # fmt: skip
 OBJECT_REMOVAL = ObjectSuite(
     "object_removal", "InstructPix2Pix: objects removed by instruction, a novel task of Table 4.", _OBJECT_METRICS, layouts=(),
-    note=_OBJECT_NOTE, kind="remove",
+    note=_OBJECT_NOTE, kind="remove", count=COUNT,
 )  # fmt: skip
 _FORM_METRICS = (IMAGE_DIRECTION, IMAGE, DINO, KEPT)
 _FORM_NOTE = "the paper shows pictures (section 4.5) and no numbers"

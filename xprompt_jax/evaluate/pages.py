@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from xprompt_jax.evaluate.measures import Sums
 from xprompt_jax.evaluate.report import ReportRow, Table, contact_sheet, write_report
 from xprompt_jax.evaluate.runs import ARMS, Plan, open_images
 from xprompt_jax.evaluate.suites import Suite
@@ -27,8 +26,13 @@ NAMES = {
     "copied": "the input, unchanged", "ceiling": "the target through the image tokenizer",
 }  # fmt: skip
 
-Scores = Sequence[Mapping[str, Mapping[str, Sums]]]
-"""For each episode: metric -> arm -> sums."""
+
+def write_tables(to: Path, plan: Plan, out: Path, result: Mapping[str, Any]) -> None:
+    """scores.csv, index.html and grid.png in a folder, from what result.json and the images of a run hold."""
+    write_csv(to / "scores.csv", result)
+    rows = picture_rows(plan, out, result)
+    write_page(to / "index.html", plan.suite, result, rows)
+    write_grid(to / "grid.png", plan.suite, rows)
 
 
 def write_csv(path: Path, result: Mapping[str, Any]) -> None:
@@ -42,11 +46,12 @@ def write_csv(path: Path, result: Mapping[str, Any]) -> None:
                 writer.writerow([*head, metric, *(arms[arm] for arm in ARMS)])
 
 
-def picture_rows(plan: Plan, out: Path, size: int, scores: Scores) -> list[ReportRow]:
+def picture_rows(plan: Plan, out: Path, result: Mapping[str, Any]) -> list[ReportRow]:
     """The first queries of each task."""
     rows: list[ReportRow] = []
+    size = result["model"]["image_size"]
     shown, tasks, metric = Counter[str](), len({e.query.task for e in plan.episodes}), plan.suite.metrics[0]
-    for episode, sums_of in zip(plan.episodes, scores, strict=True):
+    for episode, told in zip(plan.episodes, result["queries"], strict=True):
         query = episode.query
         if episode.choice or len(rows) == SHOWN or shown[query.task] == max(1, SHOWN // tasks):
             continue
@@ -58,7 +63,8 @@ def picture_rows(plan: Plan, out: Path, size: int, scores: Scores) -> list[Repor
             ("target", target), ("error", error_map(images["drawn"], target)), ("wrong example", images["wrong"]),
             ("no example", images["none"]), ("ceiling", images["ceiling"]),
         )  # fmt: skip
-        numbers = tuple((f"{metric.name}, {arm}", f"{metric.reduce([s]):.{metric.digits}f}") for arm, s in sums_of[metric.name].items())
+        number = lambda value: "-" if value is None else f"{value:.{metric.digits}f}"
+        numbers = tuple((f"{metric.name}, {arm}", number(told["scores"][metric.name][arm])) for arm in ARMS)
         reduced = tuple((label, small(image)) for label, image in pictures)
         rows.append(ReportRow(query.task or plan.suite.name, query.instruction, reduced, numbers))
     return rows
@@ -109,8 +115,8 @@ def write_page(path: Path, suite: Suite, result: Mapping[str, Any], rows: Sequen
     ]  # fmt: skip
     frame = result["protocol"]["frame"].capitalize()
     lead = f"{suite.measures} {frame}. The wrong example is {data['wrong_example']}, under the right words."
-    if suite.note:
-        lead += f" Beside published numbers: {suite.note}."
+    if note := result["published"]["note"]:
+        lead += f" Beside published numbers: {note}."
     write_report(path, title=f"xprompt eval {suite.name}", lead=lead, facts=facts, rows=rows, curves=[], tables=tables)
 
 

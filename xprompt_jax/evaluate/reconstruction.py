@@ -34,10 +34,13 @@ from xprompt_jax.files import atomic_path
 from xprompt_jax.model.vqgan import VQGAN
 
 MEASURES = "Images through the image tokenizer and back: what no model with this tokenizer can beat."
-PUBLISHED = published.TOKENIZER
+PUBLISHED = {f"{name}, Table 5": columns for name, columns in published.TABLE_5.items()}
 NOTE = "the paper says neither whether RGB or Y was scored, nor how images came to 512 and 1024 pixels"
 SHOWN, SIDE = 6, 256
 """Rows of pictures on the page, and pixels of their sides."""
+
+
+_through = jax.jit(lambda model, pixels: model.decode(model.encode(pixels)))
 
 
 def reconstruct(
@@ -65,7 +68,6 @@ def reconstruct(
     paths = list_images(data)
     settings = {"suite": "reconstruction", "model": vqgan_fingerprint(vqgan), "images": fingerprint(*map(file_fingerprint, paths))}
     start(out, settings, images=lambda: out.glob("images/*/*.png"), overwrite=overwrite, where={"data": str(data)})
-    through = jax.jit(lambda model, pixels: model.decode(model.encode(pixels)))
     own = [number for number in range(len(paths)) if shard.has(number)]
     with tqdm(total=len(own) * len(sides), unit="image", desc="reconstructing", disable=not progress) as bar:
         for number in own:
@@ -73,15 +75,20 @@ def reconstruct(
             for side in sides:
                 if not (drawn := _file(out, number, side)).is_file():
                     square = open_image(path).resize((side, side), PIL.Image.Resampling.LANCZOS)
-                    save_png(postprocess(np.asarray(through(vqgan, to_pixels(np.asarray(square))[None]))[0]), drawn)
+                    save_png(postprocess(np.asarray(_through(vqgan, to_pixels(np.asarray(square))[None]))[0]), drawn)
                 bar.update(1)
     if not all(_file(out, number, side).is_file() for number in range(len(paths)) for side in sides):
         return None
     result = score_reconstructions(out, paths, sides)
     write_json(out / "result.json", result)
-    _write_csv(out / "scores.csv", result)
-    _write_page(out, paths, sides, result)
+    write_tables(out, out, paths, result)
     return result
+
+
+def write_tables(to: Path, out: Path, paths: Sequence[Path], result: dict[str, Any]) -> None:
+    """scores.csv, index.html and grid.png in a folder, from what result.json and the images of a run hold."""
+    _write_csv(to / "scores.csv", result)
+    _write_page(to, out, paths, result)
 
 
 def _file(out: Path, number: int, side: int) -> Path:
@@ -139,7 +146,7 @@ def _write_csv(path: Path, result: dict[str, Any]) -> None:
             writer.writerows([query["input"], metric, *arms.values()] for metric, arms in query["scores"].items())
 
 
-def _write_page(out: Path, paths: Sequence[Path], sides: Sequence[int], result: dict[str, Any]) -> None:
+def _write_page(to: Path, out: Path, paths: Sequence[Path], result: dict[str, Any]) -> None:
     text = lambda value: "" if value is None else f"{value:.3f}"
     body = [
         (f"{name} at {arm}", text(s["mean"]), f"{text(s['low'])} to {text(s['high'])}")
@@ -147,13 +154,11 @@ def _write_page(out: Path, paths: Sequence[Path], sides: Sequence[int], result: 
     ]  # fmt: skip
     body += [(f"published: {row}, {column}", f"{value:g}", "") for row, columns in PUBLISHED.items() for column, value in columns.items()]
     small = lambda path: np.asarray(open_image(path).resize((SIDE, SIDE), PIL.Image.Resampling.LANCZOS))
-    rows = [
-        ReportRow(path.name, "", (("image", small(path)), *((f"after {side}", small(_file(out, number, side))) for side in sides)))
-        for number, path in enumerate(paths[:SHOWN])
-    ]
-    contact_sheet(out / "grid.png", rows, title="xprompt eval reconstruction", scale=1)
+    after = lambda number: ((f"after {side}", small(_file(out, number, side))) for side in result["sides"])
+    rows = [ReportRow(path.name, "", (("image", small(path)), *after(number))) for number, path in enumerate(paths[:SHOWN])]
+    contact_sheet(to / "grid.png", rows, title="xprompt eval reconstruction", scale=1)
     write_report(
-        out / "index.html", title="xprompt eval reconstruction",
+        to / "index.html", title="xprompt eval reconstruction",
         lead=f"{MEASURES} {result['protocol']['frame'].capitalize()}. Beside published numbers: {NOTE}.",
         facts=[("tokenizer", result["model"]["fingerprint"]), ("images", str(len(paths))), ("data", result["data"]["fingerprint"])],
         rows=rows, heading="Images and what came back", curves=[],

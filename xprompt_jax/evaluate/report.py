@@ -22,7 +22,7 @@ import PIL.ImageFont
 from xprompt_jax.files import atomic_path
 
 _COLOURS = ("#3565c4", "#c4663a", "#3b8f6b", "#8657b5")
-_SHOWN = 128  # pixels of an image's side on the page
+_WIDTH, _SHOWN = 780, 128  # pixels on the page: of the images of a row together, and of one at most
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,10 @@ def write_report(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("xprompt_jax.evaluate", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    most = max((len(row.images) for row in rows), default=1)
+    shown = min(_SHOWN, max(_WIDTH // most, 64))
     page = environment.get_template("report.html.jinja").render(
-        title=title, lead=lead, heading=heading, facts=facts, rows=rows, tables=tables, plot=_plot(curves), picture=_data_uri, shown=_SHOWN
+        title=title, lead=lead, heading=heading, facts=facts, rows=rows, tables=tables, plot=_plot(curves), picture=_data_uri, shown=shown
     )
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -79,7 +79,8 @@ def make_plan(
     if not queries:
         raise UserError(f'--data {data}: no pair is held out; mark some "split": "eval", or give --eval-fraction')
     if examples_from is not None:
-        shown = find_records(suite, examples_from, flag="--examples-from")
+        found = find_records(suite, examples_from, flag="--examples-from")
+        shown = [r for r in found if r.split != "eval"] or found  # a whole folder says that it is held out
         if missing := {r.group for r in queries} - {r.group for r in shown}:
             raise UserError(f"--examples-from {examples_from}: no pair of group {min(missing)!r}, which --data asks for")
     episodes = make_episodes(queries, shown, examples=examples, per_group=per_group, seed=seed)
@@ -87,6 +88,9 @@ def make_plan(
     mark_file = functools.cache(file_fingerprint)
     mark = lambda record: fingerprint(*(mark_file(image) for pair in pairs_in(record) for image in (pair.input, pair.output)))
     words = lambda record: "|".join(pair.instruction for pair in pairs_in(record))
+    if e := next((e for e in episodes if mark(e.example) == mark(e.query)), None):
+        flag = f"--data {data}" if examples_from is None else f"--examples-from {examples_from}"
+        raise UserError(f"{flag}: {e.query.input} would be an example for itself (equal files); give other pairs")
     numbers = {key: number for number, key in enumerate(dict.fromkeys(id(e.query) for e in episodes))}
     told = ["|".join((mark(e.query), words(e.query), mark(e.example), words(e.example), mark(e.wrong), f"{e.backwards}")) for e in episodes]
     settings = {

@@ -19,14 +19,17 @@ from tqdm import tqdm
 from xprompt_jax.evaluate import published
 from xprompt_jax.evaluate.measures import Metric, Sums
 from xprompt_jax.evaluate.modes import Mode
-from xprompt_jax.evaluate.pages import Scores, picture_rows, write_csv, write_grid, write_page
-from xprompt_jax.evaluate.pairs import NO_EXAMPLE, Episode, paired_bootstrap
+from xprompt_jax.evaluate.pages import write_tables
+from xprompt_jax.evaluate.pairs import NO_EXAMPLE, Episode, paired_bootstrap, pairs_in
 from xprompt_jax.evaluate.results import FORMAT, WHOLE, Shard, fingerprint, finite, read_json, versions, write_json
 from xprompt_jax.evaluate.runs import ARMS, OF_A_QUERY, OF_AN_EXAMPLE, Plan, draw_missing, make_plan, missing, open_images
 from xprompt_jax.evaluate.suites import Suite
 
 if TYPE_CHECKING:
     from xprompt_jax.sample.sampler import XPrompt
+
+Scores = Sequence[Mapping[str, Mapping[str, Sums]]]
+"""For each episode: metric -> arm -> sums."""
 
 WORKERS = 8
 """Episodes that are scored at the same time, if there are so many processors."""
@@ -64,12 +67,9 @@ def evaluate(
         return None
     run = read_json(out / "run.json")
     scores = score_plan(plan, out, run["image_size"], progress=progress)
-    result = finite(_result(plan, run, scores, model.config.num_xp_tokens))
+    result = finite(_result(plan, run, scores, model))
     write_json(out / "result.json", result)
-    write_csv(out / "scores.csv", result)
-    rows = picture_rows(plan, out, run["image_size"], scores)
-    write_page(out / "index.html", suite, result, rows)
-    write_grid(out / "grid.png", suite, rows)
+    write_tables(out, plan, out, result)
     return result
 
 
@@ -98,13 +98,13 @@ def score_plan(plan: Plan, out: Path, size: int, *, progress: bool = True) -> li
         return list(done)
 
 
-def _result(plan: Plan, run: Mapping[str, Any], scores: Scores, xp_tokens: int) -> dict[str, Any]:
+def _result(plan: Plan, run: Mapping[str, Any], scores: Scores, model: XPrompt) -> dict[str, Any]:
     suite, episodes, size = plan.suite, plan.episodes, run["image_size"]
     return {
         "format": FORMAT,
         "suite": suite.name,
         "measures": suite.measures,
-        "model": {"fingerprint": run["model"], "image_size": size, "xp_tokens": xp_tokens, "mode": run["mode"]},
+        "model": {"fingerprint": run["model"], "image_size": size, "xp_tokens": model.config.num_xp_tokens, "mode": run["mode"]},
         "data": {
             "path": plan.where["data"], "examples_from": plan.where["examples_from"],
             "fingerprint": fingerprint(*sorted(plan.marks.values())),
@@ -113,6 +113,7 @@ def _result(plan: Plan, run: Mapping[str, Any], scores: Scores, xp_tokens: int) 
         },
         "protocol": {
             "frame": _frame(suite, size),
+            "prompt": f"words, input, separator, output; images framed as {model.config.layout}; the words are those of each query",
             "metrics": {m.name: {"protocol": m.protocol, "unit": m.unit, "better": m.better} for m in suite.metrics},
             "mean": "over the examples, of the score over all queries drawn from example number j of their group",
             "spread": "sample standard deviation of the same over the examples",
@@ -122,7 +123,7 @@ def _result(plan: Plan, run: Mapping[str, Any], scores: Scores, xp_tokens: int) 
         "sampling": run["sampling"],
         "versions": versions(),
         "scores": summarise_all(plan, scores),
-        "published": {"source": published.SOURCE, "rows": suite.published, "note": suite.note},
+        "published": {"source": published.SOURCE, "rows": suite.published, "note": suite.caveat(len(plan.marks))},
         "queries": list_queries(plan, scores),
     }  # fmt: skip
 
@@ -139,7 +140,7 @@ def list_queries(plan: Plan, scores: Scores) -> list[dict[str, Any]]:
         {
             "number": plan.numbers[id(e.query)], "input": name(e.query.input), "target": name(e.query.output),
             "sha256": plan.marks[id(e.query)], "example": name(e.example.input), "wrong": name(e.wrong.input), "choice": e.choice,
-            "task": e.query.task, "group": e.query.group,
+            "task": e.query.task, "group": e.query.group, "words": [pair.instruction for pair in pairs_in(e.query)],
             "scores": {m.name: {arm: m.reduce([sums]) for arm, sums in s[m.name].items()} for m in plan.suite.metrics},
         }
         for e, s in zip(plan.episodes, scores, strict=True)
@@ -180,7 +181,7 @@ def _line(suite: Suite, metric: Metric, scores: Mapping[str, Any]) -> str:
     signed = lambda value: "-" if value is None else f"{value:+.{metric.digits}f}"
     spread, gap = scores["drawn"]["spread"], scores["drawn_minus_wrong"]
     rows = [(row, columns[metric.column]) for row, columns in suite.published.items() if metric.column in columns]
-    rows.sort(key=lambda row: "X-Prompt" not in row[0])
+    rows.sort(key=lambda row: "X-Prompt" not in row[0])  # the others keep their order
     parts = [
         f"drawn {number(scores['drawn']['mean'])}{f' ± {number(spread)}' if spread is not None else ''}",
         *(f"{arm} {number(scores[arm]['mean'])}" for arm in ARMS[1:]),

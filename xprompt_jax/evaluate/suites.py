@@ -7,6 +7,7 @@ Every metric carries its protocol in its name and in words, because the same ima
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from xprompt_jax.data import palettes, sources
 from xprompt_jax.data.images import open_image, resize_center_crop
 from xprompt_jax.errors import UserError
 from xprompt_jax.evaluate import published
+from xprompt_jax.evaluate.layouts import GOPRO_LARGE, NYU_BTS, NYUD_MT, RAIN, Copy
 from xprompt_jax.evaluate.measures import (
     CHANGED,
     IOU,
@@ -62,24 +64,47 @@ class Suite:
     """What to know before comparing with them."""
     palette: str = ""
     """What `get_suite` was given."""
+    copies: tuple[Copy, ...] = ()
+    """Other layouts, looked for first."""
+    within: tuple[str, ...] = ()
+    """Folders of a whole copy, in which the test set lies: the folder above may be given."""
+    count: int = 0
+    """Queries of the benchmark; 0: there is no such number."""
 
     @property
     def published(self) -> published.Rows:
         """What the paper prints."""
         return published.rows_of(self.name)
 
+    def caveat(self, queries: int) -> str:
+        """What to know before comparing so many queries with published numbers."""
+        if not self.count or queries == self.count:
+            return self.note
+        few = f"{queries:,} queries are not the benchmark, which has {self.count:,}"
+        return "; ".join(part for part in (few, self.note) if part)
+
     @property
     def wanted(self) -> str:
         """Of a folder, in words."""
-        return f"a folder with {' or '.join(f'{inputs}/ and {targets}/' for inputs, targets in self.layouts)}, whose files have equal names"
+        equal = f"{' or '.join(f'{inputs}/ and {targets}/' for inputs, targets in self.layouts)}, whose files have equal names"
+        return ", or ".join([f"a folder with {equal}", *(copy.words for copy in self.copies)])
 
     def find(self, folder: Path) -> list[sources.Record] | None:
-        """The pairs of a folder in one of the layouts, all held out; None where it has none of them."""
-        for inputs, targets in self.layouts:
-            if (folder / inputs).is_dir() and (folder / targets).is_dir():
-                return list(sources.paired_folders(
-                    folder / inputs, folder / targets, task=self.name, instruction=self.instruction, eval_fraction=1.0
-                ))  # fmt: skip
+        """The pairs of a folder in one of the layouts, held out unless a list of its says that they train; None where it has none of them.
+
+        Raises:
+          UserError: an input lacks its target.
+        """
+        for place in (folder, *(folder / part for part in self.within)):
+            for copy in self.copies:
+                if pairs := list(copy.read(place)):
+                    make = functools.partial(sources.Record, instruction=self.instruction, task=self.name, group=self.name)
+                    return [make(before, after, split=split) for before, after, split in pairs]
+            for inputs, targets in self.layouts:
+                if (place / inputs).is_dir() and (place / targets).is_dir():
+                    return list(sources.paired_folders(
+                        place / inputs, place / targets, task=self.name, instruction=self.instruction, eval_fraction=1.0
+                    ))  # fmt: skip
         return None
 
     def read(self, record: sources.Record, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -112,25 +137,32 @@ _NEITHER = "the paper does not say whether RGB or Y was scored, nor at which siz
 SUITES: dict[str, Suite] = {suite.name: suite for suite in (
     Suite("pairs", "Any pairs of images: how near the drawn image is to the held-out one.",
           (PSNR, SSIM, MAE, CHANGED, UNCHANGED), whole=False, grouped=True),
-    Suite("derain", "Rain100L: light rain removed.", (PSNR_Y, SSIM_Y, PSNR, SSIM), instruction="remove the rain", note=_NEITHER),
+    Suite("derain", "Rain100L: light rain removed.", (PSNR_Y, SSIM_Y, PSNR, SSIM), instruction="remove the rain", note=_NEITHER,
+          copies=(RAIN,), within=("Rain100L", "test/Rain100L"), count=100),
     Suite("derain_heavy", "Rain100H: heavy rain removed, the novel task of Table 4.", (PSNR_Y, SSIM_Y, PSNR, SSIM),
-          instruction="remove the rain", note=_NEITHER),
+          instruction="remove the rain", note=_NEITHER, copies=(RAIN,), within=("Rain100H", "test/Rain100H"), count=100),
     Suite("low_light", "LOL-v1: dark photographs brightened.", (PSNR, SSIM_UNIFORM, SSIM), (("input", "target"), ("low", "high")),
           "brighten the dark photograph",
-          note="the paper does not say which SSIM; for the same model Table 2 prints 0.810 and Table 4 0.770"),
+          note="the paper does not say which SSIM; for the same model Table 2 prints 0.810 and Table 4 0.770", within=("eval15", "Test"),
+          count=15),
     Suite("deblur", "GoPro: motion blur removed.", (PSNR, SSIM, SSIM_3D), instruction="remove the motion blur",
-          note="the paper does not say which SSIM, nor at which size"),
+          note="the paper does not say which SSIM, nor at which size", copies=(GOPRO_LARGE,), within=("test",), count=1111),
     Suite("denoise", "Noise removed from photographs.", (PSNR, SSIM), (("input", "target"), ("noisy", "clean")), "remove the noise",
           note="the paper shows pictures and no numbers"),
     Suite("depth", "NYUv2: depth in metres.", depth_metrics(palettes.get_palette("grey")), (("input", "target"), ("rgb", "depth")),
           "paint the depth", Depth(palettes.get_palette("grey")),
-          note="the paper names neither its crop nor its colours; Table 4 prints 0.279 for the model of Table 2"),
+          note="the paper names neither its crop nor its colours, nor whether holes of the truth are filled (here: what its files "
+               "hold); Table 4 prints 0.279 for the model of Table 2",
+          copies=(NYU_BTS,), within=("official_splits/test", "test"), count=654),
     Suite("segmentation", "ADE20K: 150 classes.", (IOU,), (("input", "target"), ("images/validation", "annotations/validation")),
-          "paint every class in its colour", Labels(palettes.max_separation(150)), note="the paper does not name its colours"),
+          "paint every class in its colour", Labels(palettes.max_separation(150)), note="the paper does not name its colours",
+          within=("ADEChallengeData2016",), count=2000),
     Suite("normals", "NYUv2: surface normals, GeoNet's ground truth.", NORMALS, (("input", "target"), ("img", "norm")),
-          "paint the surface normals", Normals(), note="the paper does not say whether its ground truth is this or NYUD-MT's"),
+          "paint the surface normals", Normals(), note="the paper does not say whether its ground truth is this or NYUD-MT's",
+          within=("test",), count=654),
     Suite("normals_nyud", "NYUv2: surface normals, NYUD-MT's ground truth.", NORMALS, (("input", "target"), ("images", "normals")),
-          "paint the surface normals", Normals(), note="the paper does not say whether its ground truth is this or GeoNet's"),
+          "paint the surface normals", Normals(), note="the paper does not say whether its ground truth is this or GeoNet's",
+          copies=(NYUD_MT,), within=("NYUD_MT",), count=654),
 )}  # fmt: skip
 """By name; those that look through CLIP and DINO are in magicbrush.py and novel.py, that of the rendered world in world.py."""
 
@@ -160,10 +192,10 @@ def get_suite(name: str, palette: str = "") -> Suite:
         return dataclasses.replace(suite, truth=Depth(colours), metrics=depth_metrics(colours), palette=palette)
     if not isinstance(suite.truth, Labels):
         raise UserError(f"--palette {palette}: suite {name} has no colours to choose; leave it out")
-    choices = {"painter": palettes.painter_ade, "max_separation": lambda: palettes.max_separation(150)}
+    choices = {"painter": lambda: Labels(palettes.painter_ade(), norm=1), "max_separation": lambda: Labels(palettes.max_separation(150))}
     if palette not in choices:
         raise UserError(f"--palette {palette}: unknown; use {' or '.join(choices)}")
-    return dataclasses.replace(suite, truth=Labels(choices[palette]()), palette=palette)
+    return dataclasses.replace(suite, truth=choices[palette](), palette=palette)
 
 
 def find_records(suite: Suite, data: Path, *, flag: str = "--data", eval_fraction: float = 1.0) -> list[sources.Record]:

@@ -93,10 +93,16 @@ def run_table(
     if not complete:
         return None
     result = collect(out, {name: list(models) for name in suites})
+    result = finite(result)
     write_json(out / "result.json", result)
+    write_tables(out, result)
+    return result
+
+
+def write_tables(out: Path, result: Mapping[str, Any]) -> None:
+    """table4.csv and index.html, from what result.json holds."""
     _write_csv(out / "table4.csv", result)
     _write_page(out / "index.html", result)
-    return finite(result)
 
 
 def _suite(name: str, palette: str, clip: Path | None, dino: Path | None) -> Suite:
@@ -137,7 +143,7 @@ def collect(out: Path, runs: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         },
         "versions": versions(), "scores": scores,
         "published": {"source": published.SOURCE, "rows": {suite: published.TABLE_4[suite] for suite in runs},
-                      "missing": published.MISSING["Table 4"]},
+                      "note": published.CLASHES["Table 4"]},
     }  # fmt: skip
 
 
@@ -171,6 +177,15 @@ def _cells(result: Mapping[str, Any]) -> list[tuple[str, str, str, float | None]
     return cells
 
 
+def _others(result: Mapping[str, Any]) -> list[tuple[str, str, str, float]]:
+    """The same of the paper's rows that are no model of ours."""
+    return [
+        (suite, m.name, row, columns[m.column])
+        for suite in result["scores"] for m in get_suite(suite).metrics
+        for row, columns in published.TABLE_4[suite].items() if row not in ROWS and m.column in columns
+    ]  # fmt: skip
+
+
 def _write_csv(path: Path, result: Mapping[str, Any]) -> None:
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f)
@@ -178,6 +193,7 @@ def _write_csv(path: Path, result: Mapping[str, Any]) -> None:
         for suite, metric, row, paper in _cells(result):
             score = result["scores"][suite][metric][row]
             writer.writerow([row, suite, metric, score["mean"], score["spread"], paper])
+        writer.writerows([row, suite, metric, None, None, paper] for suite, metric, row, paper in _others(result))
 
 
 def _text(value: float | None, form: str = ".3f") -> str:
@@ -190,7 +206,8 @@ def lines(result: Mapping[str, Any]) -> list[str]:
     for suite, metric, row, paper in _cells(result):
         score = result["scores"][suite][metric][row]
         spread = f" ± {_text(score['spread'])}" if score["spread"] is not None else ""
-        told.append(f"table4 {suite} {metric}: {row} {_text(score['mean']) or '-'}{spread}" + (f"; paper: {paper:g}" if paper else ""))
+        beside = f"; paper: {paper:g}" if paper is not None else ""
+        told.append(f"table4 {suite} {metric}: {row} {_text(score['mean']) or '-'}{spread}{beside}")
     for suite, metrics in result["scores"].items():
         for metric, rows in metrics.items():
             for row, gap in rows["xp_minus"].items():
@@ -210,6 +227,9 @@ def _write_page(path: Path, result: Mapping[str, Any]) -> None:
                 ours = [f"{_text(metrics[m][row]['mean'])}" + (f" ± {_text(s)}" if (s := metrics[m][row]["spread"]) else "") for m in names]
                 beside = [f" ({number:g})" if (number := paper[m, row]) is not None else "" for m in names]
                 body.append((row, *(a + b for a, b in zip(ours, beside, strict=True))))
+        others = {(metric, row): number for s, metric, row, number in _others(result) if s == suite}
+        for row in dict.fromkeys(row for _, row in others):
+            body.append((row, *(f"({others[m, row]:g})" if (m, row) in others else "" for m in names)))
         for row in metrics[names[0]]["xp_minus"]:
             gaps = [metrics[m]["xp_minus"][row] for m in names]
             cells = (f"{_text(g['mean'], '+.3f')} [{_text(g['low'], '+.3f')}, {_text(g['high'], '+.3f')}]" for g in gaps)
@@ -217,8 +237,8 @@ def _write_page(path: Path, result: Mapping[str, Any]) -> None:
         tables.append(Table(f"{suite}: ours (the paper's)", ("row", *names), tuple(body)))
     write_report(
         path, title="xprompt eval table4",
-        lead=f"{result['measures']} In brackets the numbers of {published.SOURCE}; empty: not at hand "
-             f"({result['published']['missing']}). Intervals are 95 %, over queries.",
+        lead=f"{result['measures']} In brackets the numbers of {published.SOURCE} ({result['published']['note']}). Intervals are 95 %, "
+             "over queries.",
         facts=[("tasks", ", ".join(result["runs"])), ("arms", ", ".join(next(iter(result["runs"].values()))))],
         rows=[], curves=[], tables=tables,
     )  # fmt: skip

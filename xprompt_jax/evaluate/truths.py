@@ -80,6 +80,8 @@ class Labels:
     """Classes: 8-bit PNG, 0 is unlabelled, class i is i + 1 (ADE20K). Resized as colours, by the nearest pixel."""
 
     palette: palettes.ClassPalette
+    norm: int = 2
+    """Of the distance to a class's colour: Painter's is 1."""
 
     def read(self, path: Any) -> np.ndarray:
         """int64 [h, w], -1 where unlabelled."""
@@ -94,7 +96,7 @@ class Labels:
 
     def decode(self, picture: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         """int64 [h, w]."""
-        return self.palette.decode(_resize(picture, shape, PIL.Image.Resampling.NEAREST))
+        return self.palette.decode(_resize(picture, shape, PIL.Image.Resampling.NEAREST), self.norm)
 
 
 class Normals:

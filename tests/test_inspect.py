@@ -10,16 +10,16 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from tests.helpers import FP32, TINY, TINY_VQ, random_rows, tiny_tokenizer
+from tests.helpers import FP32, TINY, random_rows, tiny_tokenizer
 from xprompt_jax.cli import main
 from xprompt_jax.config import BucketConfig, Config, DataConfig, to_json
+from xprompt_jax.convert.native import load_tokenizers
 from xprompt_jax.data.images import postprocess
 from xprompt_jax.data.pipeline import Rows
 from xprompt_jax.data.store import Store
 from xprompt_jax.errors import UserError
 from xprompt_jax.inspection.rows import read_row
 from xprompt_jax.inspection.show import collect, facts, to_text
-from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.prompt import Prompter, Role, Sample, SlotShape, fill, stack
 from xprompt_jax.tokens import Layout
 
@@ -79,7 +79,8 @@ def test_the_page_shows_the_rows_of_the_step(run, world_store):
     main(["inspect", "--workdir", str(folder), "--step", "3", "--rows", "2", "--out", str(folder / "rows.html")])
     page = (folder / "rows.html").read_text()
     assert not re.search(r'(?:src|href)="(?!data:)', page)
-    store, vqgan = Store.open(world_store), VQGAN(TINY_VQ, jax.random.key(1))
+    store, (vqgan, _) = Store.open(world_store), load_tokenizers(world_store / "tokenizers")
+    decode = jax.jit(lambda model, codes: model.decode(codes))
     source = Rows(store, PROMPTER, config.data, TINY.num_xp_tokens)
     batches, choices = source(3), source.choices(3)
     shown = re.findall(r'<section class="row" data-bucket="(\w+)" data-row="(\d)">(.*?)</section>', page, re.S)
@@ -91,7 +92,7 @@ def test_the_page_shows_the_rows_of_the_step(run, world_store):
         pictures = [np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(data)))) for data in re.findall(r"png;base64,([^\"]+)", text)]
         assert len(pictures) == len(want)
         for picture, image in zip(pictures, want, strict=True):
-            decoded = postprocess(np.asarray(vqgan.decode(store.codes[image][None].astype(np.int32)))[0])
+            decoded = postprocess(np.asarray(decode(vqgan, store.codes[image][None].astype(np.int32)))[0])
             assert np.abs(picture.astype(int) - decoded).max() <= 1  # compiled for another number of images
         learned = {*batch["targets"][row][batch["weights"][row] > 0].tolist()}
         marked = set()

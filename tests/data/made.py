@@ -20,8 +20,8 @@ def dfwb_photographs(root, below="Downloads"):
 
 
 def dfwb_crops(root):
-    for i in range(N):
-        write(root / "train" / "DFWB" / f"BSD400-{i}-1.png", i)
+    for i, name in enumerate(("DIV2K-0001-1", "DIV2K-0001-2", "Flickr2K-000001-12", "WaterlooED-00001")):
+        write(root / "train" / "DFWB" / f"{name}.png", i)
     for name in ("CBSD68", "Kodak", "McMaster", "Urban100"):
         write(root / "test" / name / "a.png", 9)
     return {"train": N, "CBSD68": 1, "Kodak": 1, "McMaster": 1, "Urban100": 1}
@@ -307,8 +307,9 @@ MADE = {
     ("nyuv2_depth", "TensorFlow Datasets, version folder"): nyu_tfds("."),
     ("nyuv2_normals", "GeoNet, as Bae et al. have it"): normals_geonet,
     ("nyuv2_normals", "NYUD_MT"): normals_nyud_mt,
-    ("scannet_normals", "with lists"): scannet(lists=True),
-    ("scannet_normals", "frames alone"): scannet(lists=False),
+    ("scannet_normals", "FrameNet's"): scannet("pickle"),
+    ("scannet_normals", "with lists"): scannet("lists"),
+    ("scannet_normals", "frames alone"): scannet(""),
     ("ade20k", "ADEChallengeData2016"): ade20k,
     ("style_pairs", "JSONL"): style_pairs,
     ("ip_adapter", "JSONL"): ip_adapter,

@@ -1,6 +1,7 @@
 """Made-up copies of the datasets of depth, normals and classes."""
 
 import io
+import pickle
 
 import numpy as np
 
@@ -92,7 +93,9 @@ def normals_nyud_mt(root):
     return {"train": 4, "val": 2}
 
 
-def scannet(lists):
+def scannet(listed):
+    """With the split as FrameNet's pickle, as lists, or not at all."""
+
     def make(root):
         for scene in ("scene0000_00", "scene0001_01"):
             for i in range(0, 30, 10):
@@ -101,10 +104,16 @@ def scannet(lists):
                 picture(frame.with_name(f"{frame.name}-normal.png"), normal_map(i))
                 for other in ("orient", "orient-X", "orient-Y", "orient-mask"):
                     write(frame.with_name(f"{frame.name}-{other}.png"), 0)
-        if lists:
+        split = {"train": [f"scene0000_00/frame-{i:06d}" for i in (0, 10, 20)], "test": ["scene0001_01/frame-000000",
+                 "scene0001_01/frame-000020"]}  # fmt: skip
+        if listed == "pickle":
+            kinds = ("color", "orient", "orient-mask")
+            paths = {k: [[f"/orion/u/someone/scannet-frames/{f}-{kind}.png" for f in v] for kind in kinds] for k, v in split.items()}
+            write(root / "train_test_split.pkl", pickle.dumps(paths))
+        elif listed:
             write(root / "train.txt", "scene0000_00\n")
-            write(root / "test.txt", "scene0001_01/000000\nscene0001_01/000020\n")
-        return {"train": 3, "test": 2} if lists else {"train": 6}
+            write(root / "test.txt", "".join(f"{name.replace('frame-', '')}\n" for name in split["test"]))
+        return {"train": 3, "test": 2} if listed else {"train": 6}
 
     return make
 

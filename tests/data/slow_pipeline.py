@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import defaultdict
 from pathlib import Path
 
@@ -47,6 +48,9 @@ class SlowEpisodes:
         directions = (False, True) if config.reverse and bucket.kind != "text_to_image" else (False,)
         self.specs = [(i, reverse) for i, p in fits for reverse in directions if self.usable(i, p, reverse)]
 
+    def words(self, text):
+        return _count(self.prompter.tokenizer, text)
+
     def may_show(self, partner, number, reverse):
         shown, pair = self.table[partner], self.table[number]
         if partner == number or self.held.get(partner) != self.held.get(number):
@@ -77,7 +81,7 @@ class SlowEpisodes:
         return not self.bucket.examples or bool(self.near(number, reverse) or self.partners(number, reverse))
 
     def fits(self, pair):
-        words = lambda text: len(self.prompter.tokenizer.encode(text))
+        words = self.words
         image = self.prompter.layout.num_tokens(*self.store.codes.shape[1:])
         if self.bucket.kind == "text_to_image":
             return words(pair.caption) + 1 + image + 1 <= self.bucket.todo
@@ -88,6 +92,11 @@ class SlowEpisodes:
         text = max(map(words, (pair.instruction, pair.reverse_instruction, *GENERIC_INSTRUCTIONS)))
         fits_example = not self.bucket.examples or text + 2 * image + 1 <= self.bucket.context
         return fits_example and text + 2 * image + 2 + len(pair.more_inputs) * (image + 1) <= self.bucket.todo
+
+
+@functools.cache
+def _count(tokenizer, text):
+    return len(tokenizer.encode(text))
 
 
 def instruction(pair, reverse):

@@ -40,6 +40,7 @@ def test_the_table_is_complete():
     } <= set(DATASETS)  # fmt: skip
     shown, page = table(), (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     for dataset in DATASETS.values():
+        assert all(url in page for url in re.findall(r"https?://[^ ()]+", dataset.card.source)), dataset.name
         assert dataset.card.source in shown and dataset.card.licence in shown and dataset.card.tasks
         assert re.search(rf"^{dataset.name}  ", shown, re.M) and f"`{dataset.name}`" in page
 
@@ -64,7 +65,7 @@ def test_every_layout_opens(name, layout, tmp_path):
             ):
                 assert np.array_equal(np.asarray(open_image(image)), np.asarray(open_image(twin)))
             assert (record.instruction, record.description, record.group) == (other.instruction, other.description, other.group)
-            if record.description and record.task != "text_to_image":
+            if record.description and record.task != "text_to_image" and not record.more_inputs:
                 assert record.description.startswith("The input image ") and "; the output image " in record.description
         with pytest.raises(IndexError):
             pairs[count]
@@ -109,13 +110,29 @@ def test_words_are_many_and_stable(tmp_path):
     assert len({record.instruction for record in pairs}) > 1
     assert [r.instruction for r in pairs] == [r.instruction for r in get_dataset("gopro").open(tmp_path, allow_partial=True)]
     for task, phrases in PHRASES.items():
-        assert len(set(phrases.forward)) == len(phrases.forward) >= 5, task
+        assert len(set(phrases.forward)) == len(phrases.forward) >= 10, task
+
+
+def test_retinexformer_has_one_expert(tmp_path):
+    with pytest.raises(UserError, match="--expert a: .*which has expert C alone"):
+        opened("fivek", "Retinexformer's", tmp_path, expert="a")
+    assert opened("fivek", "Zeng's 480p", tmp_path / "z", expert="c").found == 6
 
 
 def test_partners_are_the_right_ones(tmp_path):
     """Of renamed copies and of rows that are looked up by number, the output is the input's own."""
-    for layout in ("MPRNet's", "a test set alone"):
-        pairs = opened("rain13k", layout, tmp_path / layout.replace("/", ""), "Rain100L")
+    plain, named = (lambda i: (f"{i}",) * 2), (lambda i: (f"rain-00{i}", f"norain-00{i}"))
+    kinds = (
+        ("Rain100L", "Rain100L", named), ("Rain100L/rainy", "Rain100L/norain", plain), ("Rain100L/rainy", "Rain100L/norain", named),
+        ("Rain100L/rain", "Rain100L/norain", named), ("Rain100L/input", "Rain100L/target", named),
+        ("Rain100L/input", "Rain100L/target", plain),
+    )  # fmt: skip
+    copies = [(f"{at}{inputs}", f"{at}{outputs}", names) for at in ("", "test/") for inputs, outputs, names in kinds]
+    for number, (inputs, outputs, names) in enumerate(copies):
+        root = tmp_path / f"rain{number}"
+        folders(("Rain100L", inputs, outputs), names=names)(root)
+        pairs = get_dataset("rain13k").open(root, "Rain100L", allow_partial=True)
+        assert len(pairs) == 4
         for i, record in enumerate(pairs):
             assert record.input.read_bytes() == coded(hash_of("Rain100L", i, 0))
             assert record.output.read_bytes() == coded(hash_of("Rain100L", i, 1))
@@ -128,6 +145,7 @@ def test_partners_are_the_right_ones(tmp_path):
 def test_noise_is_made_and_made_again(tmp_path):
     pairs = opened("dfwb", "photographs", tmp_path)
     assert pairs.found == 5  # photographs are counted, crops are pairs
+    assert opened("dfwb", "crops", tmp_path / "crops", "train").found == 3  # two crops are of one
     sizes = [np.asarray(r.output).shape for r in pairs]
     assert sizes.count((512, 512, 3)) == 8
     record = pairs[0]
@@ -185,6 +203,35 @@ def test_unknown_normals_are_black_and_known_ones_untouched(layout, group, tmp_p
         assert record.group == f"nyuv2_normals/{group}" and record.exact
         assert not record.output[:2].any()
         np.testing.assert_array_equal(record.output[2:], normal_map(i)[2:])
+
+
+def test_the_split_of_framenet_is_read_and_never_run(tmp_path):
+    """Whatever the pickle holds: lists of str or bytes, arrays of numpy, or a bomb."""
+    made("scannet_normals", "FrameNet's", tmp_path)
+    dataset, split = get_dataset("scannet_normals"), tmp_path / "train_test_split.pkl"
+    frames = lambda: [r.input.parent.name + "/" + r.input.stem[6:12] for r in dataset.open(tmp_path, "test", allow_partial=True)]
+    want = frames()
+    assert want == ["scene0001_01/000000", "scene0001_01/000020"]
+    there = pickle.loads(split.read_bytes())
+    listed, packed, objects = (
+        (lambda ps: [p.encode() for p in ps]),
+        (lambda ps: np.array(ps).astype("S")),
+        (lambda ps: np.array(ps, object)),
+    )
+    for form in (listed, packed, objects, np.array):
+        split.write_bytes(pickle.dumps({name: [form(paths) for paths in lists] for name, lists in there.items()}))
+        assert frames() == want
+
+    class Bomb:
+        def __reduce__(self):
+            return (tmp_path / "ran").touch, ()
+
+    split.write_bytes(pickle.dumps({"test": there["test"], "more": Bomb()}))
+    assert frames() == want and not (tmp_path / "ran").exists()
+    for damaged in (b"no pickle", split.read_bytes()[:40], pickle.dumps({"train": there["train"], "val": []})):
+        split.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"train_test_split\.pkl: (not readable|no test frames in it)"):
+            frames()
 
 
 def test_classes_in_either_palette(tmp_path):

@@ -4,12 +4,11 @@ import dataclasses
 import itertools
 import json
 
-import jax
 import numpy as np
 import pytest
 
 from tests.data.slow_pipeline import made_store
-from tests.helpers import TINY_VQ, tiny_tokenizer
+from tests.helpers import tiny_tokenizer
 from xprompt_jax.config import BucketConfig, DataConfig, from_json, to_json
 from xprompt_jax.data.holdouts import addition_or_removal, held_directions
 from xprompt_jax.data.palettes import HELD_OUT
@@ -17,7 +16,6 @@ from xprompt_jax.data.pipeline import CAPTION_QUESTION, GENERIC_INSTRUCTIONS, Ep
 from xprompt_jax.data.sources import Record
 from xprompt_jax.data.tokenise import tokenize
 from xprompt_jax.errors import UserError
-from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.prompt import Prompter
 from xprompt_jax.tokens import Layout
 
@@ -65,9 +63,9 @@ def records():
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
+def store(vqgan, tmp_path_factory):
     path = tmp_path_factory.mktemp("holdouts") / "store"
-    return tokenize(records(), VQGAN(TINY_VQ, jax.random.key(1)), tiny_tokenizer(), path, batch=16, progress=False), path
+    return tokenize(records(), vqgan, tiny_tokenizer(), path, batch=16, progress=False), path
 
 
 def pairs_in(tokens, vocab):

@@ -3,12 +3,11 @@
 import dataclasses
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from tests.data.slow_pipeline import made_store
-from tests.helpers import TINY, TINY_VQ, tiny_tokenizer
+from tests.helpers import TINY, tiny_tokenizer
 from xprompt_jax.cli import main
 from xprompt_jax.commands.train import load_config
 from xprompt_jax.config import BucketConfig, Config, DataConfig, from_json, to_json
@@ -18,7 +17,6 @@ from xprompt_jax.data.mixture import PAPER, PAPER_WEIGHTS, REST, Mixture, report
 from xprompt_jax.data.pipeline import Rows
 from xprompt_jax.data.table import Pair
 from xprompt_jax.errors import UserError
-from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.prompt import Prompter
 from xprompt_jax.tokens import Layout
 
@@ -49,7 +47,7 @@ def store(tmp_path_factory):
     return made_store(tmp_path_factory.mktemp("mixture") / "store", list(made_pairs()), tiny_tokenizer(), images=300)
 
 
-def drawn(store, weights, steps=100, **options):
+def drawn(store, weights, steps=40, **options):
     """Task -> share of the rows of each bucket."""
     rows = Rows(store, PROMPTER, DataConfig(buckets=BUCKETS, weights=weights, seed=2), 3, **options)
     names = store.pairs.task.names
@@ -127,9 +125,9 @@ def test_the_papers_mixture_is_a_configuration(store):
     assert mixture.factors[mixture.names.index("gopro")] == 17_000 / 41 and mixture.factors[mixture.names.index(REST)] == 1
 
 
-def test_the_report_puts_paper_and_store_side_by_side(tmp_path, capsys):
+def test_the_report_puts_paper_and_store_side_by_side(vqgan, tmp_path, capsys):
     store = made_store(tmp_path / "store", list(made_pairs()), tiny_tokenizer(), images=300)
-    save_tokenizers(store.folder / "tokenizers", VQGAN(TINY_VQ, jax.random.key(0)), tiny_tokenizer())
+    save_tokenizers(store.folder / "tokenizers", vqgan, tiny_tokenizer())
     data = DataConfig(store=str(store.folder), buckets=BUCKETS, weights={"rain13k": 95})
     (tmp_path / "config.json").write_text(to_json(Config(model=TINY, data=data)))
     main(["inspect", "--workdir", str(tmp_path), "--mixture"])

@@ -127,3 +127,22 @@ def test_manifests_are_read_by_line(tmp_path):
             read[i]
     with pytest.raises(UserError, match="cannot read: No such file"):
         Manifest(tmp_path / "none")
+
+
+def test_an_array_is_read_as_lines_are(tmp_path):
+    path, rows = tmp_path / "list.json", [{"text": f"zeile {i} 日本"} for i in range(5)]
+    for indent, lines in ((None, [1] * 5), (1, [2, 5, 8, 11, 14])):
+        path.write_text(json.dumps(rows, ensure_ascii=False, indent=indent))
+        read = Manifest(path)
+        assert [row["text"] for row in everything(read)] == [row["text"] for row in rows]
+        assert [row["key"] for row in read] == [f"list.json:{i}" for i in range(1, 6)] and read.lines.tolist() == lines
+    path.write_text("[]")
+    assert len(Manifest(path)) == 0
+    whole = json.dumps([*rows, 3])
+    path.write_text(whole)
+    with pytest.raises(UserError, match="line 1: not an object"):
+        Manifest(path)[5]
+    for damaged in (whole[:-1], whole[:-40], whole.replace("}, {", "} {", 1)):
+        path.write_text(damaged)
+        with pytest.raises(UserError, match=r"list\.json: not a whole JSON array .*; write one object a line"):
+            Manifest(path)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -19,7 +18,6 @@ from xprompt_jax.data.retrieval import HashedNgramEncoder, RetrievalIndex, build
 from xprompt_jax.data.sources import Record
 from xprompt_jax.data.tokenise import tokenize
 from xprompt_jax.errors import UserError
-from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.prompt import Prompter
 from xprompt_jax.tokens import Layout
 from xprompt_jax.vision.clip import CLIP
@@ -28,7 +26,7 @@ from xprompt_jax.vision.dino import DINO
 
 @pytest.mark.parametrize("chunk, at_once", [(7, 4), (64, 9), (1000, 1000)])
 def test_neighbours_are_brute_force(chunk, at_once, monkeypatch):
-    monkeypatch.setattr("xprompt_jax.data.retrieval.QUERIES_AT_ONCE", at_once)
+    monkeypatch.setattr("xprompt_jax.data.nearest.QUERIES_AT_ONCE", at_once)
     rng = np.random.default_rng(0)
     unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
     queries, keys = unit(rng.normal(size=(9, 16))).astype(np.float32), unit(rng.normal(size=(50, 16))).astype(np.float32)
@@ -86,6 +84,18 @@ def test_index_lists_the_nearest_training_pairs_of_other_sessions(tmp_path):
     assert set(index.neighbours[4, :2].tolist()) == {1, 3} and np.allclose(index.cosines[4, :2], 1)
     assert (index.cosines[:, :-1] >= index.cosines[:, 1:]).all()
     assert index.instructions.tolist() == [0, 1, 2, 1, -1, 3, -1]
+
+
+@pytest.mark.parametrize("exclude, found", [
+    ("row", [{1, 2, 3}, {0, 2, 3}, {0, 1, 3}, {0, 1, 2}]),
+    ("image", [{2, 3}, {3}, {0, 3}, {0, 1, 2}]),  # 0 and 1 share a2, 1 and 2 share a3
+    ("session", [{3}, {3}, {3}, {0, 1, 2}]),  # and so 0 and 2 are of one session
+])  # fmt: skip
+def test_what_is_excluded_is_chosen(exclude, found, tmp_path, capsys):
+    lines = [("a1", "a2", "add a ball", "train"), ("a2", "a3", "add a ball", "train"), ("a3", "a4", "add a ball", "train"),
+             ("b1", "b2", "add a dog", "train")]  # fmt: skip
+    main(["index", "--data", str(rows(tmp_path, *lines)), "--out", str(tmp_path / "i"), "--neighbours", "3", "--exclude", exclude])
+    assert [{*row[row >= 0].tolist()} for row in RetrievalIndex.load(tmp_path / "i").neighbours] == found
 
 
 def test_index_is_brute_force_over_allowed_pairs(tmp_path):
@@ -173,7 +183,7 @@ def test_the_same_rows_are_held_out_wherever_a_manifest_lies(tmp_path, monkeypat
     assert splits[0] == splits[1] == splits[2] and {*splits[0]} == {"train", "eval"}
 
 
-def test_training_draws_retrieved_examples(tmp_path):
+def test_training_draws_retrieved_examples(vqgan, tmp_path):
     """Row i of the index is pair i of the store: examples come from it, fall back to the group, and an index of other pairs is refused."""
     texts = ["add a red ball", "add a red ball", "add one red ball", "remove all rain", "paint a blue door", "paint a blue door"]
     rng = np.random.default_rng(0)
@@ -181,7 +191,7 @@ def test_training_draws_retrieved_examples(tmp_path):
         Record(*rng.integers(0, 256, (2, 16, 16, 3), dtype=np.uint8), text, f"undo: {text}", group=group, split=split)
         for text, group, split in zip(texts, "aabbcc", ["train", "train", "eval", "train", "train", "train"], strict=True)
     ]
-    store = tokenize(records, VQGAN(TINY_VQ, jax.random.key(1)), tiny_tokenizer(), tmp_path / "store", progress=False)
+    store = tokenize(records, vqgan, tiny_tokenizer(), tmp_path / "store", progress=False)
     index = build_index(tmp_path / "store", k=1)
     index = dataclasses.replace(index, neighbours=np.where(np.arange(6)[:, None] == 4, -1, index.neighbours))  # one without neighbours
     index.save(tmp_path / "store.index")
@@ -199,9 +209,9 @@ def test_training_draws_retrieved_examples(tmp_path):
         assert shown[2, reverse] <= {0, 1}  # of another group, and held out itself
         assert shown[4, reverse] == {5}  # no neighbour: the group
     assert shown[3, False] <= {0, 1, 4, 5}  # its group has no other training pair
-    copy = tokenize(records, VQGAN(TINY_VQ, jax.random.key(1)), tiny_tokenizer(), tmp_path / "copy", progress=False)
+    copy = tokenize(records, vqgan, tiny_tokenizer(), tmp_path / "copy", progress=False)
     Rows(copy, prompter, config, 3)  # of the same pairs
-    fewer = tokenize(records[:-1], VQGAN(TINY_VQ, jax.random.key(1)), tiny_tokenizer(), tmp_path / "fewer", progress=False)
+    fewer = tokenize(records[:-1], vqgan, tiny_tokenizer(), tmp_path / "fewer", progress=False)
     with pytest.raises(UserError, match="have other pairs"):
         Rows(fewer, prompter, config, 3)
 

@@ -9,21 +9,19 @@ import pickle
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import PIL.Image
 import pytest
 
-from tests.helpers import TINY_VQ, tiny_tokenizer
+from tests.helpers import tiny_tokenizer
 from xprompt_jax.config import BucketConfig, DataConfig
-from xprompt_jax.data.images import save_png, to_pixels
+from xprompt_jax.data.images import save_png
 from xprompt_jax.data.pipeline import GENERIC_INSTRUCTIONS, Episodes, Rows
 from xprompt_jax.data.sources import Record, manifest, paired_folders, world_pairs
 from xprompt_jax.data.store import Store
 from xprompt_jax.data.table import CATEGORIES, TEXTS
 from xprompt_jax.data.tokenise import tokenize
 from xprompt_jax.errors import UserError
-from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.prompt import DESCRIBE_QUESTION, Prompter, SlotShape
 from xprompt_jax.tokens import Layout, train_tokenizer
 from xprompt_jax.train.metrics import padding_fraction
@@ -52,20 +50,15 @@ def records():
 
 
 @pytest.fixture(scope="module")
-def vqgan():
-    return VQGAN(TINY_VQ, jax.random.key(1))
-
-
-@pytest.fixture(scope="module")
 def store(vqgan, tmp_path_factory):
     return tokenize(records(), vqgan, tiny_tokenizer(), tmp_path_factory.mktemp("data") / "store", batch=4, progress=False)
 
 
-def test_every_image_is_stored_once_and_encoded_right(store, vqgan):
+def test_every_image_is_stored_once_and_encoded_right(store, encode):
     assert len(store.codes) == 5 + 10 and len(store.pairs) == 10
     for pair, record in zip(store.pairs, records(), strict=True):
         for number, picture in ((pair.input, record.input), (pair.output, record.output)):
-            np.testing.assert_array_equal(store.codes[number], vqgan.encode(to_pixels(picture)[None])[0])
+            np.testing.assert_array_equal(store.codes[number], encode(picture))
 
 
 def test_preprocessing_is_as_asked(vqgan, tmp_path):
@@ -80,7 +73,7 @@ def test_preprocessing_is_as_asked(vqgan, tmp_path):
         assert json.loads((tmp_path / recipe / "store.json").read_text())["recipe"] == recipe
 
 
-def test_the_table_of_pairs_says_what_the_records_said(store, vqgan, tmp_path, monkeypatch):
+def test_the_table_of_pairs_says_what_the_records_said(vqgan, encode, tmp_path, monkeypatch):
     """By pair and by column, over the ends of record batches and shards."""
     monkeypatch.setattr("xprompt_jax.data.store.ROWS", 4)
     monkeypatch.setattr("xprompt_jax.data.shards.IMAGES_PER_SHARD", 6)
@@ -103,7 +96,7 @@ def test_the_table_of_pairs_says_what_the_records_said(store, vqgan, tmp_path, m
         pictures = record.input, record.output, *record.more_inputs
         assert small.pairs.has_more[i] == bool(record.more_inputs) and len(pair.more_inputs) == len(record.more_inputs)
         for number, picture in zip((pair.input, pair.output, *pair.more_inputs), pictures, strict=True):
-            np.testing.assert_array_equal(small.codes[number], vqgan.encode(to_pixels(picture)[None])[0])
+            np.testing.assert_array_equal(small.codes[number], encode(picture))
     assert small.pairs[3].more_inputs[1] == small.pairs[1].input  # stored once, whatever its role
     other = train_tokenizer(["do", "undo it"], num_codes=32, vocab_size=420)
     for name, counts in small.pairs.count_tokens(other).items():
@@ -140,10 +133,10 @@ def test_a_store_that_is_gone_holds_no_file(store, tmp_path):
     assert not held()
 
 
-def test_other_stores_are_refused(store, tmp_path):
-    Store.open(store.folder, vqgan=VQGAN(TINY_VQ, jax.random.key(1)))
+def test_other_stores_are_refused(store, vqgan, other_vqgan, tmp_path):
+    Store.open(store.folder, vqgan=vqgan)
     with pytest.raises(UserError, match="another image tokenizer"):
-        Store.open(store.folder, vqgan=VQGAN(TINY_VQ, jax.random.key(2)))
+        Store.open(store.folder, vqgan=other_vqgan)
     with pytest.raises(UserError, match="none: not a complete token store"):
         Store.open(tmp_path / "none")
     (tmp_path / "store.json").write_text(json.dumps({"format": "xprompt-tokens-1", "pairs": 1, "images": 1}))

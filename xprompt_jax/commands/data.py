@@ -24,6 +24,8 @@ _FLAGS: dict[str, tuple[str, ...]] = {
     "shard": _SOURCES[:3],
 }
 """Flags of `tokenize` -> the sources that they work on."""
+_OPTIONS = {"palette": "palettes", "classes": "classes", "expert": "expert", "password": "password", "min_score": "min_score"}
+"""Flags of `tokenize` that only some datasets have a use for -> fields of `datasets.Options`."""
 
 
 @dataclass
@@ -208,17 +210,22 @@ class Tokenize:
 
     def _pairs(self):
         """The pairs of --dataset."""
-        from xprompt_jax.data.datasets import Options, get_dataset
+        from xprompt_jax.data.datasets import DATASETS, Options, get_dataset
         from xprompt_jax.data.flips import Mirrored
         from xprompt_jax.data.palettes import get_palette
 
         for name in self.palette:
             get_palette(name)
+        dataset = get_dataset(self.dataset)
+        for flag, option in _OPTIONS.items():
+            if getattr(self, flag) != type(self).__dataclass_fields__[flag].default and option not in dataset.options:
+                right = ", ".join(other.name for other in DATASETS.values() if option in other.options)
+                raise UserError(f"--{flag.replace('_', '-')} works on {right}, not on {self.dataset}; leave it out")
         options = Options(
             palettes=self.palette, classes=self.classes, expert=self.expert, password=self.password, min_score=self.min_score,
             eval_fraction=self.eval_fraction,
         )  # fmt: skip
-        pairs = get_dataset(self.dataset).open(self.root or "", self.split, options=options, allow_partial=self.allow_partial)
+        pairs = dataset.open(self.root or "", self.split, options=options, allow_partial=self.allow_partial)
         return Mirrored(pairs) if self.mirror else pairs
 
     def _export(self, folder: Path) -> None:
@@ -253,6 +260,8 @@ class Annotate:
     """OpenAI-compatible address of the model, up to /v1."""
     model: str = ""
     """Name by which the endpoint knows its model."""
+    rewrite: bool = False
+    """Ask about rows too that have the words already, and put the answers in their place."""
     concurrency: int = 8
     """Requests under way at once."""
     dry_run: bool = False
@@ -277,10 +286,10 @@ class Annotate:
         if self.kind is not None:
             annotate_manifest(
                 self.manifest, self.out, kind=self.kind, endpoint=self.endpoint, model=self.model, concurrency=self.concurrency,
-                dry_run=self.dry_run, batch_out=self.batch_out, batch_in=self.batch_in,
+                dry_run=self.dry_run, batch_out=self.batch_out, batch_in=self.batch_in, rewrite=self.rewrite,
             )  # fmt: skip
         if self.merge_into is not None:
-            merged = merge(self.manifest, self.out, self.merge_into)
+            merged = merge(self.manifest, self.out, self.merge_into, rewrite=self.rewrite)
             print(f"{self.merge_into}: {merged.rows} rows, {merged.filled} with new words, {merged.dropped} dropped")
 
 
@@ -289,7 +298,7 @@ class Index:
     """Find the nearest instructions of every pair, for retrieval of examples (RAIE).
 
     The index serves two ends: `xprompt compile --index` finds the example of an instruction in it, and it lists for each pair the
-    training pairs with the nearest instructions, never itself nor a pair that shares an image with it.
+    training pairs with the nearest instructions, never itself nor (--exclude) a pair that shares an image with it.
 
     Examples:
       xprompt index --data edits.jsonl --out edits.index
@@ -308,6 +317,9 @@ class Index:
     """CLIP's weights and tokenizer, for --encoder clip: a folder, or org/name on the Hugging Face hub (openai/clip-vit-base-patch32)."""
     eval_fraction: float = 0.05
     """Held out of a manifest without splits, as by `xprompt tokenize`; what is held out is nobody's neighbour."""
+    exclude: Literal["row", "image", "session"] = "session"
+    """What is never a pair's neighbour: itself, as in the paper; what shares an image with it; or does so through other pairs too, as the
+    turns of one edited picture do."""
     seed: int = 0
     """Chooses among pairs whose instructions are equally near."""
 
@@ -326,7 +338,9 @@ class Index:
             from xprompt_jax.vision.clip import CLIP
 
             encoder = CLIP.load(self.clip)
-        index = build_index(self.data, k=self.neighbours, eval_fraction=self.eval_fraction, seed=self.seed, encoder=encoder)
+        index = build_index(
+            self.data, k=self.neighbours, eval_fraction=self.eval_fraction, seed=self.seed, encoder=encoder, exclude=self.exclude
+        )
         index.save(self.out)
         short = int((index.neighbours < 0).any(axis=1).sum())
         counts = f"{len(index.neighbours)} pairs, {len(index.features)} instructions of training pairs, {self.neighbours} neighbours each"

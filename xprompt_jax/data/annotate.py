@@ -18,7 +18,7 @@ import json
 import os
 import queue
 import threading
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,10 @@ from tqdm import tqdm
 
 from xprompt_jax.data import sources
 from xprompt_jax.data.endpoint import Client, Endpoint, Failed, Request, batch_answers, write_batch
+from xprompt_jax.data.phrases import say
 from xprompt_jax.data.questions import QUESTIONS, parse_answer, request_for, requests_for
+from xprompt_jax.data.readers import Manifest
+from xprompt_jax.data.spellings import ours
 from xprompt_jax.errors import UserError
 from xprompt_jax.files import atomic_path
 
@@ -234,9 +237,11 @@ def read_batch(paths: Sequence[Path], requests: Iterable[Request], out: Path) ->
 
 def annotate_manifest(
     manifest: Path, out: Path, *, kind: str, endpoint: str = "", model: str = "", concurrency: int = 8, dry_run: bool = False,
-    batch_out: Path | None = None, batch_in: Sequence[Path] = (), progress: bool = True,
+    batch_out: Path | None = None, batch_in: Sequence[Path] = (), rewrite: bool = False, progress: bool = True,
 ) -> Counts:  # fmt: skip
     """Everything the command does: ask an endpoint, or write batch files, or read their answers, or only show what would be asked.
+
+    With `rewrite`, it is about rows too that have the words already.
 
     Raises:
       UserError: see `annotate`, `write_batch`, `read_batch`; or flags that do not go together.
@@ -245,7 +250,7 @@ def annotate_manifest(
         raise UserError("--concurrency must be at least 1")
     if batch_out and batch_in:
         raise UserError("give --batch-out or --batch-in, not both")
-    requests = requests_for(manifest, kind)
+    requests = requests_for(manifest, kind, rewrite=rewrite)
     if batch_in:
         counts = read_batch(batch_in, requests, out)
     else:
@@ -275,44 +280,35 @@ class Merged:
     rows: int
     """Written."""
     filled: int
-    """Of them, rows with new words or moved to the evaluation split."""
+    """Of them, rows with new words or a judge's answer."""
     dropped: int
     """Rows that a filter (style_same, layout_same) answered with no."""
 
 
-def merge(manifest: Path, annotations: Path, out: Path) -> Merged:
+def merge(manifest: Path, annotations: Path, out: Path, *, rewrite: bool = False) -> Merged:
     """Writes a manifest whose rows have what the answers say.
 
-    Words fill empty fields (captions are replaced), a "no" to style_same or layout_same drops the row, the answer to holdout is kept for
-    `data.holdouts`, and a "yes" moves the row to the evaluation split, so that the task stays novel. Paths are written relative to
-    `out`; all other fields stay as they were.
+    Words fill empty fields (captions are always replaced, with `rewrite` all; a picture alone is also described by its caption). A "no" to
+    style_same or layout_same drops the row. The answer to holdout is kept: whether it is trained on is for a run's `data.holdouts` to say.
+    The subtask of a difference becomes part of the group, so that examples are of the same one, and the relation of a composition is what
+    is asked for. Paths are written relative to `out`; all other fields stay as they were.
 
     Raises:
       UserError: a file that cannot be used, or answers to none of the manifest's rows.
     """
     answers = {row["key"]: row["parsed"] for row, _ in read_answers(annotations)}
-    records = list(sources.manifest(manifest))
-    rows = [json.loads(line) for line in Path(manifest).read_text().split("\n") if line.strip()]
+    records = sources.ManifestRecords(manifest)
     lines, found, filled, dropped = [], 0, 0, 0
-    for row, record in zip(rows, records, strict=True):
+    for written, record in zip(Manifest(manifest), records, strict=True):
+        row = ours({name: value for name, value in written.items() if name != "key"})
         replies = {kind: answers.get(request_for(record, manifest, kind).key) for kind in QUESTIONS}
         said = {kind: parsed for kind, parsed in replies.items() if parsed is not None}
         found += bool(said)
         if any(said[kind]["answer"] == "no" for kind in ("style_same", "layout_same") if kind in said):
             dropped += 1
             continue
-        new: dict[str, str] = {}
-        for kind, parsed in said.items():
-            for name, field in QUESTIONS[kind].fills.items():
-                if QUESTIONS[kind].rewrites or not (row.get(name) or new.get(name)):
-                    new[name] = parsed[field]
-        if "holdout" in said:
-            new["holdout"] = said["holdout"]["answer"]
-            if new["holdout"] == "yes":
-                new["split"] = "eval"
+        new = _told(record, row, said, rewrite)
         filled += bool(new)
-        for theirs in ("input_images", "output_image"):
-            row.pop(theirs, None)
         if record.more_inputs:
             row["more_inputs"] = [_relative(path, out) for path in record.more_inputs]
         lines.append(json.dumps({**row, "input": _relative(record.input, out), "output": _relative(record.output, out), **new}) + "\n")
@@ -321,6 +317,24 @@ def merge(manifest: Path, annotations: Path, out: Path) -> Merged:
     with atomic_path(out) as temporary:
         temporary.write_text("".join(lines))
     return Merged(len(lines), filled, dropped)
+
+
+def _told(record: sources.Record, row: Mapping[str, Any], said: Mapping[str, Mapping[str, str]], rewrite: bool) -> dict[str, str]:
+    """Fields of a manifest's row that the answers, by kind, give it."""
+    new: dict[str, str] = {}
+    for kind, parsed in said.items():
+        for name, field in QUESTIONS[kind].fills.items():
+            if QUESTIONS[kind].rewrites or not (new.get(name) or (row.get(name) and not rewrite)):
+                new[name] = parsed[field]
+    if "caption" in said and record.input == record.output:  # a picture alone is described by its caption
+        new["description"] = new["caption"]
+    if "relation" in said and record.task == "compose":  # two images and what becomes of them: the relation is what is asked for
+        new["instruction"] = say("compose", f"compose/{record.output.name}", prompt=said["relation"]["relation"])["instruction"]
+    if "describe" in said and not f"/{record.group}".endswith(f"/{said['describe']['subtask']}"):  # once, if merged again
+        new["group"] = "/".join(filter(None, (record.group, said["describe"]["subtask"])))
+    if "holdout" in said:
+        new["holdout"] = said["holdout"]["answer"]
+    return new
 
 
 def _relative(path: Path, out: Path) -> str:

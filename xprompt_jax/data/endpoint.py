@@ -56,7 +56,7 @@ class Request:
     """Names the question for ever: 32 hex digits, from its kind, words and images' paths."""
     kind: str
     images: tuple[Path, ...]
-    """None, the input image, or the input and the output image."""
+    """None, the input image, or input images and the output image after them."""
     text: str
     instruction: str
     """The row's, for checks of the answer."""
@@ -270,9 +270,10 @@ def chat_body(request: Request, model: str) -> dict[str, Any]:
     Raises:
       UserError: an image cannot be read.
     """
-    names = ("Input image:", "Output image:") if len(request.images) == 2 else ("",)
+    inputs = len(request.images) - 1
+    names = [f"Input image {i}:" if inputs > 1 else "Input image:" for i in range(1, inputs + 1)] + ["Output image:" if inputs > 0 else ""]
     content: list[dict[str, Any]] = []
-    for name, path in zip(names, request.images, strict=False):
+    for name, path in zip(names, request.images, strict=False):  # a question about words alone has no image
         content += [{"type": "text", "text": name}] if name else []
         content.append({"type": "image_url", "image_url": {"url": data_url(path)}})
     content.append({"type": "text", "text": request.text})

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from xprompt_jax.data import world
+from xprompt_jax.data import palettes, world
 from xprompt_jax.data.render import FLOOR_KINDS, MATERIALS, Render, Scene, render_batch
 from xprompt_jax.errors import UserError
 
@@ -182,3 +182,11 @@ def draw_two(rng: np.random.Generator, options) -> tuple[str, str]:
     """Two different ones of the options."""
     first, second = rng.choice(list(options), 2, replace=False)
     return str(first), str(second)
+
+
+def draw_two_colors(rng, first: str, second: str) -> dict:
+    """Two colours that lie far apart, and their names."""
+    a, b = palettes.distinct_colors(rng, 2, separation=200).tolist()
+    while palettes.color_name(a) == palettes.color_name(b):
+        a, b = palettes.distinct_colors(rng, 2, separation=200).tolist()
+    return {first: a, second: b, f"{first}_name": palettes.color_name(a), f"{second}_name": palettes.color_name(b)}

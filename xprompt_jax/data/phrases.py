@@ -166,21 +166,30 @@ PHRASES: dict[str, Phrases] = {
     "style": Phrases(
         ("paint the second image in the style of the first: {prompt}", "transfer the style of the first image to the second: {prompt}",
          "give the second picture the look of the first: {prompt}", "redraw the second image as the first one is drawn: {prompt}",
-         "use the first image as style reference for the second: {prompt}", "make the second image look like the first: {prompt}"),
+         "use the first image as style reference for the second: {prompt}", "make the second image look like the first: {prompt}",
+         "keep the content of the second image, take the style of the first: {prompt}",
+         "restyle the second picture after the first: {prompt}", "what would the second image be in the manner of the first? {prompt}",
+         "borrow the style of image 1 for image 2: {prompt}"),
     ),
     "compose": Phrases(
         ("combine the two images: {prompt}", "make one image out of both: {prompt}", "merge what the two images show: {prompt}",
-         "create a new picture from these two: {prompt}", "take from both images and draw: {prompt}"),
+         "create a new picture from these two: {prompt}", "take from both images and draw: {prompt}",
+         "bring the two images together: {prompt}", "use both images as references: {prompt}", "compose a picture of these two: {prompt}",
+         "mix the first image with the second: {prompt}", "let the two images become one: {prompt}"),
     ),
     "try_on": Phrases(
         ("dress the person in this garment", "put the garment on the person", "let the person wear the clothing of the second image",
          "try this garment on", "show the person wearing these clothes", "fit the garment to the person",
-         "virtual try-on: person first, garment second", "replace what is missing of the person by this garment"),
+         "virtual try-on: person first, garment second", "replace what is missing of the person by this garment",
+         "change the clothes of the person to the second image's", "how would this person look in the garment?"),
     ),
     "imitate": Phrases(
         ("fill the missing part of the first image as in the second", "complete the first image with what the second shows",
          "copy the part from the reference into the first image", "edit the first image so that it imitates the second",
-         "take the look of the second image for the masked region", "imitate the reference in the empty region"),
+         "take the look of the second image for the masked region", "imitate the reference in the empty region",
+         "redraw the grey part after the second image", "transfer the part that the second image shows",
+         "close the hole with the reference",
+         "paint into the first image what the second one shows"),
     ),
 }  # fmt: skip
 """By task."""

@@ -1,6 +1,7 @@
 """What the annotator asks about an image pair, and when an answer can be used.
 
-Sources: paper section 3.1 and appendices C.1 to C.4. Where the paper prints no wording or no check, they are ours.
+Sources: paper section 3.1 and appendices C.1 to C.4. The differences and the two filters of style pairs are asked for in the paper's words;
+where it prints no wording, no form of the answer or no check, they are ours.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -32,14 +33,28 @@ _REFUSAL = re.compile(
 )
 
 
+def _both(record: sources.Record) -> tuple[Path, ...]:
+    """The input image (of style pairs: the one whose style is taken) and the output image."""
+    return record.input, record.output
+
+
+def _all(record: sources.Record) -> tuple[Path, ...]:
+    return record.input, *record.more_inputs, record.output
+
+
+def _made_from(record: sources.Record) -> tuple[Path, ...]:
+    """The image that was changed (of several inputs the last: of style pairs the source) and what became of it."""
+    return (record.input, *record.more_inputs)[-1], record.output
+
+
 @dataclasses.dataclass(frozen=True)
 class Question:
     """What one kind asks, and what a usable answer is."""
 
     prompt: str
     """str.format template over {instruction} and {caption}."""
-    images: tuple[str, ...]
-    """Fields of `sources.Record`."""
+    images: Callable[[sources.Record], tuple[Path, ...]]
+    """Which of a record's images it is about."""
     fields: dict[str, tuple[str, ...]]
     """Fields of the JSON answer, with the values allowed; (): any text."""
     fills: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -58,11 +73,11 @@ class Question:
 
 QUESTIONS: dict[str, Question] = {
     "describe": Question(
-        "Say what differs between the two images: the objects, colours, places or styles that change, and nothing that stays. Answer in "
-        'JSON. "description": one to three sentences that say what "the input image" and what "the output image" shows. '
-        '"reverse_description": the same difference with the roles exchanged, so that the second image is called the input image and '
-        f'the first the output image. "subtask": which of these the change belongs to: {", ".join(SUBTASKS)}.',
-        ("input", "output"),
+        'Describe the differences between the two images. Use "input image" to describe the first image and "output image" to describe the '
+        f"second image, and describe what subtask it belongs to, choosing from {', '.join(SUBTASKS)}. Answer in JSON. "
+        '"description": the differences in one to three sentences. "reverse_description": the same with the roles exchanged, so that the '
+        'second image is called the input image and the first the output image. "subtask": one of the names above.',
+        _both,
         {"description": (), "reverse_description": (), "subtask": SUBTASKS},
         {"description": "description", "reverse_description": "reverse_description"},
         words=(8, 300),
@@ -70,7 +85,7 @@ QUESTIONS: dict[str, Question] = {
     "reverse": Question(
         'The input image was turned into the output image by the instruction "{instruction}". Write the instruction that turns the output '
         'image back into the input image, short, as a person would say it. Answer in JSON: "reverse_instruction".',
-        ("input", "output"),
+        _both,
         {"reverse_instruction": ()},
         {"reverse_instruction": "reverse_instruction"},
         words=(2, 60),
@@ -78,32 +93,37 @@ QUESTIONS: dict[str, Question] = {
     "caption": Question(
         "Describe the image for someone who has to draw it without seeing it: what is there, how many, in which colours, where in the "
         'image and relative to what else. Its present caption, perhaps wrong, is "{caption}". Answer in JSON: "caption".',
-        ("input",),
+        lambda record: (record.input,),
         {"caption": ()},
         {"caption": "caption"},
         True,
         (8, 300),
     ),
     "relation": Question(
-        "The output image was made from the input image. Say densely and concretely which attributes of the input image (subject, "
-        'identity, composition, colours, style, texture) live on in the output image, and which do not. Answer in JSON: "relation".',
-        ("input", "output"),
+        "The output image was made from the input image or images. Say densely and concretely which attributes of each (subject, identity, "
+        "composition, colours, style, texture) live on in the output image, and which do not; several are called image 1 and image 2. "
+        'Answer in JSON: "relation".',
+        _all,
         {"relation": ()},
         {"description": "relation"},
         words=(8, 300),
     ),
     "style_same": Question(
-        'Do the two images have the same style? Answer in JSON: "reason" first, then "answer": yes or no.', ("input", "output"), _YES_NO
+        "Do you think the two images share the same style [Yes/No]? Provide your reasoning. "
+        'Answer in JSON: "reason" first, then "answer": yes or no.',
+        _both,
+        _YES_NO,
     ),
     "layout_same": Question(
-        'Do the two images have the same content and basic layout? Answer in JSON: "reason" first, then "answer": yes or no.',
-        ("input", "output"),
+        "Do you think the two images share the same semantics and basic layout [Yes/No]? Provide your reasoning. "
+        'Answer in JSON: "reason" first, then "answer": yes or no.',
+        _made_from,
         _YES_NO,
     ),
     "holdout": Question(
         'Does the editing instruction "{instruction}" add an object to an image or remove one? Answer in JSON: "reason" first, then '
         '"answer": yes or no.',
-        (),
+        lambda record: (),
         _YES_NO,
     ),
 }
@@ -111,8 +131,8 @@ QUESTIONS: dict[str, Question] = {
 assert tuple(QUESTIONS) == get_args(Kind)
 
 
-def requests_for(manifest: Path, kind: str) -> Iterator[Request]:
-    """One request for each row of a manifest that lacks what the kind fills in.
+def requests_for(manifest: Path, kind: str, *, rewrite: bool = False) -> Iterator[Request]:
+    """One request for each row of a manifest that lacks what the kind fills in; with `rewrite`, for every row.
 
     Raises:
       UserError: an unknown kind, or a manifest that cannot be used.
@@ -121,7 +141,7 @@ def requests_for(manifest: Path, kind: str) -> Iterator[Request]:
         raise UserError(f"--kind {kind}: unknown; kinds are {', '.join(QUESTIONS)}")
     for record in sources.manifest(manifest):
         question, request = QUESTIONS[kind], request_for(record, Path(manifest), kind)
-        filled = question.fills and all(getattr(record, name) for name in question.fills)
+        filled = not rewrite and question.fills and all(getattr(record, name) for name in question.fills)
         if not filled or (question.rewrites and sources.held_out(request.key, KEPT_CAPTIONS) == "train"):
             yield request
 
@@ -130,7 +150,7 @@ def request_for(record: sources.Record, manifest: Path, kind: str) -> Request:
     """The question of one kind about one row."""
     question = QUESTIONS[kind]
     text = question.prompt.format(instruction=record.instruction, caption=record.caption)
-    images = tuple(getattr(record, name) for name in question.images)
+    images = question.images(record)
     named = [os.path.relpath(path, manifest.parent) for path in images]  # a folder may move with its manifest
     key = hashlib.sha256(json.dumps([kind, text, named]).encode()).hexdigest()[:32]
     return Request(key, kind, images, text, record.instruction, question.schema)

@@ -1,8 +1,8 @@
 """Retrieval of examples by instruction (RAIE, paper section 3.3): text features and exact nearest neighbours.
 
 The paper uses CLIP B/32 text features (`vision.clip.CLIP` is such an encoder) and says the distance can be replaced. The encoder
-here needs no weights: it hashes words and letter triples, so that instructions that share words come close. Neighbours are exact,
-in slices of the keys.
+here needs no weights: it hashes words and letter triples, so that instructions that share words come close. Neighbours are exact
+(data/nearest.py).
 
     manifest or token store --build_index--> RetrievalIndex --save--> a folder --load--> .neighbours for training, .retrieve for editing
 
@@ -16,7 +16,6 @@ An index knows its encoder by name, and texts are compared with it through the s
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 import os
@@ -24,22 +23,21 @@ import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
 from xprompt_jax.data import sources
+from xprompt_jax.data.nearest import neighbours
 from xprompt_jax.data.store import Store
 from xprompt_jax.errors import UserError
 from xprompt_jax.files import atomic_path, read_tensors, write_tensors
 
 FORMAT = "xprompt-index-3"
 HASHED = "hashed-ngram-"
-QUERIES_AT_ONCE = 1024
+Exclude = Literal["row", "image", "session"]
 
 
 class Encoder(Protocol):
@@ -82,58 +80,6 @@ class HashedNgramEncoder:
                 yield f"t {padded[i : i + 3]}", 0.3
         for pair in itertools.pairwise(words):
             yield "p " + " ".join(pair), 0.7
-
-
-def neighbours(
-    queries: np.ndarray, keys: np.ndarray, k: int, *, query_groups: np.ndarray | None = None, key_groups: np.ndarray | None = None,
-    chunk: int = 65536,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """The k nearest keys of each query by cosine, exactly.
-
-    Args:
-      queries: float32 [q, d], unit rows.
-      keys: float32 [n, d], unit rows.
-      query_groups, key_groups: int [q], [n]; a key of the query's own group is never returned (its own row, its session).
-      chunk: keys looked at at once; bounds memory at QUERIES_AT_ONCE x chunk floats, beside the keys themselves.
-
-    Returns:
-      indices int32 [q, k] and cosines float32 [q, k], best first; ties go to the lowest index. Where fewer than k keys may
-      be returned, the index is -1 and the cosine -inf.
-    """
-    if query_groups is None or key_groups is None:
-        query_groups, key_groups = np.full(len(queries), -1), np.zeros(len(keys), int)
-    chunk, at_once = min(chunk, len(keys)), min(QUERIES_AT_ONCE, len(queries))  # one shape each, one compilation
-    # On the device once, for all queries.
-    parts = [
-        (jnp.asarray(_padded(keys[start : start + chunk], chunk)), jnp.asarray(_padded(key_groups[start : start + chunk], chunk)),
-         np.arange(chunk) < len(keys) - start, start)
-        for start in range(0, len(keys), chunk)
-    ]  # fmt: skip
-    found, cosines = np.empty((len(queries), k), np.int32), np.empty((len(queries), k), np.float32)
-    for first in range(0, len(queries), at_once):
-        rows = slice(first, min(first + at_once, len(queries)))
-        asked, groups = (jnp.asarray(_padded(values[rows], at_once)) for values in (queries, query_groups))
-        best, index = jnp.full((at_once, k), -jnp.inf), jnp.full((at_once, k), -1)
-        for part, part_groups, valid, start in parts:
-            best, index = _merge(best, index, asked, groups, part, part_groups, valid, start, k)
-        found[rows], cosines[rows] = (np.asarray(values)[: rows.stop - first] for values in (index, best))
-    return found, cosines
-
-
-def _padded(values: np.ndarray, length: int) -> np.ndarray:
-    return np.pad(values, [(0, length - len(values))] + [(0, 0)] * (values.ndim - 1))
-
-
-@functools.partial(jax.jit, static_argnames="k")
-def _merge(best, index, queries, query_groups, keys, key_groups, valid, start, k):
-    scores = jnp.einsum("qd,nd->qn", queries, keys, precision="highest")
-    scores = jnp.where(valid & (query_groups[:, None] != key_groups), scores, -jnp.inf)
-    top, at = jax.lax.top_k(scores, min(k, keys.shape[0]))
-    # The running best stands first, so an equal score from a later slice does not displace it.
-    scores = jnp.concatenate([best, top], axis=1)
-    indices = jnp.concatenate([index, jnp.where(jnp.isneginf(top), -1, at + start)], axis=1)
-    best, chosen = jax.lax.top_k(scores, k)
-    return best, jnp.take_along_axis(indices, chosen, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,17 +187,20 @@ class RetrievalIndex:
         return found
 
 
-def build_index(data: str | Path, *, k: int, eval_fraction: float = 0.0, seed: int = 0, encoder: Encoder | None = None) -> RetrievalIndex:
+def build_index(
+    data: str | Path, *, k: int, eval_fraction: float = 0.0, seed: int = 0, encoder: Encoder | None = None, exclude: Exclude = "session"
+) -> RetrievalIndex:
     """Finds the k nearest training pairs of every pair by their instructions, exactly.
 
-    Pairs that share an image, directly or through other pairs, are a session (the turns of one edited picture), and never neighbours:
-    one would show the other's answer. Pairs that are held out have neighbours and are none.
+    Pairs that share an image, directly or through other pairs, are a session (the turns of one edited picture): one would show the
+    other's answer. Pairs that are held out have neighbours and are none.
 
     Args:
       data: a manifest (JSONL), or the folder of a token store.
       eval_fraction: held out of a manifest whose rows do not say.
       seed: chooses among pairs of the same instruction.
       encoder: of the instructions; the default hashes words and letters.
+      exclude: what is never a neighbour of a pair: itself alone, as in the paper; what shares an image with it; or its session.
 
     Raises:
       UserError: the data cannot be read, or has no training pair.
@@ -261,7 +210,7 @@ def build_index(data: str | Path, *, k: int, eval_fraction: float = 0.0, seed: i
     training = rows.can_be_shown()
     if not len(training):
         raise UserError(f"{data}: no training pair to retrieve")
-    sessions = _sessions(rows.images)
+    kept = _Apart(rows.images, exclude)
     texts = list(dict.fromkeys(rows.instructions[i] for i in training))
     number = {text: i for i, text in enumerate(texts)}
     having: dict[int, list[int]] = defaultdict(list)
@@ -271,11 +220,8 @@ def build_index(data: str | Path, *, k: int, eval_fraction: float = 0.0, seed: i
     encoder = encoder or HashedNgramEncoder()
     features = encoder(texts)
     others = [text for text in dict.fromkeys(rows.instructions) if text not in number]
-    # A text counts for nothing only if all its pairs are of the row's own session; so many texts more make k pairs certain.
-    own: dict[int, set[str]] = defaultdict(set)
-    for i in training:
-        own[sessions[i]].add(rows.instructions[i])
-    wide = min(len(texts), k + max(map(len, own.values())))
+    # A text counts for nothing only if all its pairs are kept from the row; so many texts more make k pairs certain.
+    wide = min(len(texts), k + kept.most_texts(rows.instructions, training))
     queries = features if not others else np.concatenate([features, encoder(others)])
     near, scores = neighbours(queries, features, wide)
     place = {text: i for i, text in enumerate([*texts, *others])}
@@ -285,7 +231,7 @@ def build_index(data: str | Path, *, k: int, eval_fraction: float = 0.0, seed: i
         chosen: list[tuple[int, float]] = []
         asked = place[instruction]
         for text, cosine in zip(near[asked].tolist(), scores[asked].tolist(), strict=True):
-            chosen += [(j, cosine) for j in _draw(having[text], k - len(chosen), sessions, sessions[i], (seed, i, text))]
+            chosen += [(j, cosine) for j in _draw(having[text], k - len(chosen), kept, i, (seed, i, text))]
             if len(chosen) == k:
                 break
         for rank, (j, cosine) in enumerate(chosen):
@@ -341,18 +287,45 @@ def _read_table(path: Path, rows: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     return found, cosines
 
 
-def _draw(rows: list[int], count: int, sessions: Sequence[int], own: int, seed: tuple[int, int, int]) -> list[int]:
-    """At most `count` of `rows` in random order, none of the session `own`."""
+def _draw(rows: list[int], count: int, kept: _Apart, own: int, seed: tuple[int, int, int]) -> list[int]:
+    """At most `count` of `rows` in random order, none that is kept from row `own`."""
     if len(rows) == 1:  # most instructions come once; a generator costs more than all the rest
-        return [j for j in rows if sessions[j] != own]
+        return [j for j in rows if not kept.apart(own, j)]
     rng = np.random.default_rng(seed)
     found: list[int] = []
     for tried in (min(len(rows), 4 * count), len(rows)):  # a few are nearly always enough
         order = rng.choice(len(rows), tried, replace=False)
-        found = list(itertools.islice((rows[j] for j in order if sessions[rows[j]] != own), count))
+        found = list(itertools.islice((rows[j] for j in order if not kept.apart(own, rows[j])), count))
         if len(found) == count or tried == len(rows):
             break
     return found
+
+
+class _Apart:
+    """Which pairs must never be neighbours: those that have a mark in common.
+
+    Args:
+      images: of every pair, what tells its images.
+      exclude: "row": a pair is its own mark. "image": its images are. "session": the images that hang together through pairs are one.
+    """
+
+    def __init__(self, images: Sequence[tuple[Hashable, ...]], exclude: Exclude):
+        self._marks: Sequence[frozenset[Hashable]] = [
+            frozenset(marks) for marks in
+            {"row": ((i,) for i in range(len(images))), "image": images, "session": ((s,) for s in _sessions(images))}[exclude]
+        ]  # fmt: skip
+
+    def apart(self, i: int, j: int) -> bool:
+        """Whether pair `j` is no neighbour of pair `i`; a pair is none of its own."""
+        return not self._marks[i].isdisjoint(self._marks[j])
+
+    def most_texts(self, texts: Sequence[str], training: Iterable[int]) -> int:
+        """Bounds how many texts of training pairs are kept from any one pair."""
+        having: dict[Hashable, set[str]] = defaultdict(set)
+        for i in training:
+            for mark in self._marks[i]:
+                having[mark].add(texts[i])
+        return max(sum(len(having.get(mark, ())) for mark in marks) for marks in self._marks)
 
 
 def _sessions(rows: Sequence[tuple[Hashable, ...]]) -> list[int]:

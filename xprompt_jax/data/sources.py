@@ -19,6 +19,7 @@ import numpy as np
 from xprompt_jax.data.images import list_images, open_image, resize_center_crop
 from xprompt_jax.data.readers.manifest import Manifest
 from xprompt_jax.data.readers.strings import position
+from xprompt_jax.data.spellings import ours
 from xprompt_jax.errors import UserError
 
 
@@ -99,7 +100,7 @@ class ManifestRecords(Sequence[Record]):
 def manifest(path: str | Path, *, eval_fraction: float = 0.0) -> Iterator[Record]:
     """A JSONL file, one pair a line: {"input": ..., "output": ..., "instruction": ...}, and any other field of `Record`.
 
-    OmniGen's spelling ("input_images": [...], "output_image", "task_type") is read too. Paths are relative to the file.
+    OmniGen's and Lumina's rows are read too (data/spellings.py), and one array in place of lines. Paths are relative to the file.
 
     Raises:
       UserError: naming the file and line of what cannot be used.
@@ -109,16 +110,11 @@ def manifest(path: str | Path, *, eval_fraction: float = 0.0) -> Iterator[Record
 
 def manifest_record(row: Mapping[str, Any], path: Path, number: int, eval_fraction: float = 0.0) -> Record:
     """One row of a manifest; raises like `manifest`."""
-    row = dict(row)
-    del row["key"]
+    try:
+        row = ours({name: value for name, value in row.items() if name != "key"})
+    except ValueError as e:
+        raise UserError(f"{path}, line {number}: {e}; docs/data.md shows the forms that are read") from None
     names = {f.name for f in dataclasses.fields(Record)}
-    images = row.get("input_images")
-    if isinstance(images, list) and images:
-        del row["input_images"]
-        row |= {"input": images[0]} | ({"more_inputs": images[1:]} if images[1:] else {})
-    for theirs, ours in (("output_image", "output"), ("task_type", "task")):
-        if theirs in row:
-            row[ours] = row.pop(theirs)
     missing = [name for name in ("input", "output", "instruction") if not isinstance(row.get(name), str)]
     unknown = sorted(row.keys() - names)
     more = row.get("more_inputs", [])

@@ -13,6 +13,7 @@ Of every image the centre is stored, and with `crops` further windows, the same 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pyarrow as pa
@@ -226,13 +228,19 @@ class _Reader:
         return np.stack([centre, *(cut(image, window, size, exact=exact) for window in windows)])
 
 
+@functools.partial(jax.jit, static_argnames="recipe")  # one compilation for all jobs of a process
+def _encode(vqgan: VQGAN, levels: jax.Array, recipe: Recipe) -> jax.Array:
+    """uint8 [B, h, w, 3], which travel to the device as bytes, to codes, uint16 [B, rows, columns]."""
+    pixels = jnp.asarray(to_pixels(np.arange(256, dtype=np.uint8), recipe))
+    return vqgan.encode(pixels[levels]).astype(jnp.uint16)
+
+
 class _Encoder:
     """Numbers images, encodes new ones in batches of consecutive numbers, and journals records when all their images are encoded."""
 
     def __init__(self, journal: Journal, vqgan: VQGAN, batch: int, encoding: Encoding):
-        levels = to_pixels(np.arange(256, dtype=np.uint8), encoding.recipe)  # pixels travel to the device as bytes
-        self._encode = jax.jit(lambda model, pixels: model.encode(jax.numpy.asarray(levels)[pixels]).astype(np.uint16))
         self._journal, self._vqgan, self._batch, self._crops = journal, vqgan, batch, encoding.crops
+        self._recipe = encoding.recipe
         self._known = {address: i for i, address in enumerate(journal.addresses())}
         self._waiting: list[tuple[bytes, np.ndarray]] = []
         self._running: tuple[list[bytes], list[jax.Array]] | None = None
@@ -262,7 +270,7 @@ class _Encoder:
         """Sends a batch to the device; while it works there, the last one is fetched and the next one gathers."""
         addresses = [address for address, _ in self._waiting]
         pixels = np.stack([pixels for _, pixels in self._waiting] + [self._waiting[-1][1]] * (self._batch - len(self._waiting)))
-        started = addresses, [self._encode(self._vqgan, pixels[:, crop]) for crop in range(self._crops)]
+        started = addresses, [_encode(self._vqgan, pixels[:, crop], self._recipe) for crop in range(self._crops)]
         self._waiting = []
         self._collect()
         self._running = started

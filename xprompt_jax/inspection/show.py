@@ -31,6 +31,8 @@ LEARNED = "#3b8f6b"
 _AT_ONCE = 16
 """Pictures decoded at once."""
 
+_decode = jax.jit(lambda vqgan, codes: vqgan.decode(codes))
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -76,11 +78,10 @@ def collect(config: Config, *, step: int, rows: int, bucket: str = "", split: st
             row = read_row(batches[b.name], number, shape, prompter, grid)
             found.append(Shown(b.name, number, _origin(store, choices[b.name][number]), row, {}))
     images = [(shown, part.start, part.codes) for shown in found for part in shown.row.parts if part.codes is not None]
-    decode = jax.jit(lambda model, codes: model.decode(codes))
     for first in range(0, len(images), _AT_ONCE):
         some = images[first : first + _AT_ONCE]
         codes = np.stack([codes for _, _, codes in some] + [some[-1][2]] * (_AT_ONCE - len(some)))  # one shape, one compilation
-        for (shown, start, _), pixels in zip(some, np.asarray(decode(vqgan, jnp.asarray(codes))), strict=False):
+        for (shown, start, _), pixels in zip(some, np.asarray(_decode(vqgan, jnp.asarray(codes))), strict=False):
             shown.pictures[start] = postprocess(pixels)
     return found
 

@@ -252,6 +252,8 @@ class Dataset:
     layouts: tuple[Layout, ...]
     folders: tuple[str, ...] = ()
     """What its archives unpack to: the folder above may be given as well."""
+    options: tuple[str, ...] = ()
+    """Fields of `Options`, but for eval_fraction, that it looks at."""
 
     def open(self, root: str | Path, split: str = "", *, options: Options | None = None, allow_partial: bool = False) -> Pairs:
         """Opens a copy.

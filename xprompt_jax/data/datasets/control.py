@@ -129,6 +129,6 @@ LAION = Dataset("laion_aesthetics", Card(
     'links rot: nothing is counted; rewritten captions lie beside as captions.jsonl, {"key", "caption"} a line; a tenth stays original',
 ), (
     Layout("tars", (Part("train", "*.tar", _laion("*.tar")),)), Layout("folders of tars", (Part("train", "*/*.tar", _laion("*/*.tar")),)),
-))  # fmt: skip
+), options=("min_score",))  # fmt: skip
 
 DATASETS = (LAION, MULTIGEN)

@@ -8,6 +8,8 @@ far from unit length are unknown, and black. Pairs of one ground truth are never
 from __future__ import annotations
 
 import functools
+import pickletools
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,15 +38,12 @@ def _normals(row: Mapping[str, Any], group: str) -> Record:
     )  # fmt: skip
 
 
-def _normal_files(
-    group: str, pattern: str, normals: str, *, below: tuple[str, ...], key: str = r"\g<key>", listed: str = "", by_scene: bool = False
-) -> Callable[[Path, Options], Pairs]:
-    """`listed` names a text file whose first words are the keys to keep; with `by_scene`, they are scenes."""
+def _normal_files(group: str, pattern: str, normals: str, *, below: tuple[str, ...], listed: str = "") -> Callable[[Path, Options], Pairs]:
+    """`listed` names a text file whose first words are the keys to keep."""
 
     def open_part(root: Path, options: Options) -> Pairs:
         only = _names(root / listed) if listed else None
-        rows = Folders(root, pattern, {"normals": normals}, below=[b for b in below if (root / b).is_dir()], key=key,
-                       only=_Scenes(only) if by_scene and only is not None else only)  # fmt: skip
+        rows = Folders(root, pattern, {"normals": normals}, below=[b for b in below if (root / b).is_dir()], only=only)
         return Rows(rows, functools.partial(_normals, group=group), options.eval_fraction)
 
     return open_part
@@ -93,19 +92,52 @@ NYUV2_NORMALS = Dataset("nyuv2_normals", Card(
 ), ("nyu", "NYUD_MT"))  # fmt: skip
 
 
-def _scannet(split: str = "") -> Callable[[Path, Options], Pairs]:
-    return _normal_files(
-        "scannet_normals", r"(?:scannet-frames/)?(?P<scene>scene\d+_\d+)/frame-(?P<n>\d+)-color\.(?:png|jpg)",
-        r"scannet-frames/\g<scene>/frame-\g<n>-normal", below=("scannet-frames",), key=r"\g<scene>/\g<n>",
-        listed=f"{split}.txt" if split else "", by_scene=True,
-    )  # fmt: skip
+_FRAME = re.compile(r"(scene\d{4}_\d{2})/frame-(\d+)-")
 
 
+def _framenet_split(path: Path, split: str) -> frozenset[str]:
+    """scene/frame of every frame of a split, from FrameNet's train_test_split.pkl: its strings are looked through, and it is never
+    unpickled, which could run code."""
+    frames: dict[str, set[str]] = {}
+    listed = None
+    try:
+        for _, value, _ in pickletools.genops(path.read_bytes()):
+            text = value.decode("latin-1") if isinstance(value, bytes) else value if isinstance(value, str) else ""
+            if text in ("train", "test"):  # the keys of a dictionary, each before what it holds
+                listed = frames.setdefault(text, set())
+            elif listed is not None:  # a path, or all of an array, as wide characters even
+                listed.update(f"{scene}/{frame}" for scene, frame in _FRAME.findall(text.replace("\0", "")))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: not readable ({e}); download it again") from None
+    if not frames.get(split):
+        raise UserError(f"{path}: no {split} frames in it; download it again, or list scenes in train.txt and test.txt in its place")
+    return frozenset(frames[split])
+
+
+def _scannet(split: str = "", listed: str = "{}.txt") -> Callable[[Path, Options], Pairs]:
+    def open_part(root: Path, options: Options) -> Pairs:
+        only = None
+        if split:
+            path = root / listed.format(split)
+            only = _Scenes(_framenet_split(path, split) if path.suffix == ".pkl" else _names(path))
+        pattern = r"(?:scannet-frames/)?(?P<scene>scene\d+_\d+)/frame-(?P<n>\d+)-color\.(?:png|jpg)"
+        normals = {"normals": r"scannet-frames/\g<scene>/frame-\g<n>-normal"}
+        rows = Folders(root, pattern, normals, below=["scannet-frames"], key=r"\g<scene>/\g<n>", only=only)
+        return Rows(rows, functools.partial(_normals, group="scannet_normals"), options.eval_fraction)
+
+    return open_part
+
+
+_PICKLED = "train_test_split.pkl"
 SCANNET_NORMALS = Dataset("scannet_normals", Card(
-    "ScanNet normals by FrameNet: rooms, every tenth frame", "https://github.com/hjwdzh/FrameNet", "ScanNet terms of use", ("normals",),
-    "train.txt and test.txt beside scannet-frames/ list scenes, or scene/frame; without them all 264,039 frames are for training, which is "
-    "what the paper's 260K seem to be",
+    "ScanNet normals by FrameNet: rooms, every tenth frame", "https://github.com/hjwdzh/FrameNet (src/data/download.sh)",
+    "ScanNet terms of use", ("normals",),
+    "the split is FrameNet's train_test_split.pkl beside scannet-frames/ (its strings are read, it is never unpickled), or train.txt and "
+    "test.txt of scenes or scene/frame; without either all 264,039 frames are for training, which is what the paper's 260K seem to be",
 ), (
+    Layout("FrameNet's", (
+        Part("train", _PICKLED, _scannet("train", _PICKLED), 199_720), Part("test", _PICKLED, _scannet("test", _PICKLED), 64_319),
+    )),
     Layout("with lists", (Part("train", "train.txt", _scannet("train"), 199_720), Part("test", "test.txt", _scannet("test"), 64_319))),
     Layout("frames alone", (Part("train", "scannet-frames", _scannet(), 264_039),)),
 ))  # fmt: skip
@@ -140,6 +172,6 @@ ADE20K = Dataset("ade20k", Card(
     ("segmentation",), "ADEChallengeData2016; the scene_parse150 of TensorFlow Datasets holds instances and does not serve",
 ), (Layout("ADEChallengeData2016", (
     Part("train", "images/training", _ade("training"), 20_210), Part("val", "images/validation", _ade("validation"), 2_000),
-)),), ("ADEChallengeData2016",))  # fmt: skip
+)),), ("ADEChallengeData2016",), ("classes",))  # fmt: skip
 
 DATASETS = (NYUV2_NORMALS, SCANNET_NORMALS, ADE20K)

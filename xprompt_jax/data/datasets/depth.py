@@ -141,6 +141,6 @@ NYUV2_DEPTH = Dataset("nyuv2_depth", Card(
     *(Layout(f"TensorFlow Datasets{where}", (
         Part("train", mark, _prepared(mark, "train"), 47584), Part("validation", mark, _prepared(mark, "validation"), 654),
     )) for where, mark in (("", "*/features.json"), (", version folder", "features.json"))),
-), ("nyu_depth_v2", "nyudepthv2", "nyu_v2", "data"))  # fmt: skip
+), ("nyu_depth_v2", "nyudepthv2", "nyu_v2", "data"), ("palettes",))  # fmt: skip
 
 DATASETS = (NYUV2_DEPTH,)

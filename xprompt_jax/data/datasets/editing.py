@@ -76,7 +76,7 @@ ULTRAEDIT = Dataset("ultraedit", Card(
     Layout("UltraEdit_500k", (Part("train", "data/FreeForm-*.parquet", _ultra("data/FreeForm-*.parquet"), 500_000),)),
     Layout("the whole set", (Part("train", "data/FreeForm_*.parquet", _ultra("data/FreeForm_*.parquet")),)),
     Layout("UltraEdit_Region_Based_100k", (Part("train", "data/RegionBase-*.parquet", _ultra("data/RegionBase-*.parquet"), 108_179),)),
-), ("UltraEdit_500k", "UltraEdit"))  # fmt: skip
+), ("UltraEdit_500k", "UltraEdit", "UltraEdit_Region_Based_100k"))  # fmt: skip
 
 # MagicBrush.
 
@@ -156,11 +156,12 @@ _MAGIC_TRAIN = tuple(
 )
 MAGICBRUSH = Dataset("magicbrush", Card(
     "MagicBrush: edits of photographs by hand, in turns", "https://huggingface.co/datasets/osunlp/MagicBrush", "CC BY 4.0", ("edit",),
-    "the test split is an archive with a password, linked on its page: lay it (or its folder test/) beside data/; do not redistribute it",
+    "the test split is an archive with a password, linked at https://github.com/OSU-NLP-Group/MagicBrush: lay it, or its folder test/, "
+    "beside data/; do not redistribute it",
 ), (
     Layout("parquet, test unpacked", (*_MAGIC_TRAIN, Part("test", "test/edit_turns.json", _magic_test, 1053))),
     Layout("parquet, test as archive", (*_MAGIC_TRAIN, Part("test", "*.zip", _magic_test, 1053))),
-))  # fmt: skip
+), ("MagicBrush",), ("password",))  # fmt: skip
 
 # InstructPix2Pix.
 

@@ -15,8 +15,16 @@ from xprompt_jax.data.images import open_image, save_png
 from xprompt_jax.files import atomic_path
 
 
+def _packing(image: Any) -> str:
+    """The extension of an image's bytes as they are; "" of what must be packed first."""
+    head = image[:12] if isinstance(image, bytes) else b""
+    known = {".jpg": head[:3] == b"\xff\xd8\xff", ".png": head[:4] == b"\x89PNG", ".webp": head[:4] + head[8:] == b"RIFFWEBP"}
+    return next((extension for extension, there in known.items() if there), "")
+
+
 def export(pairs: Pairs, folder: Path, *, progress: bool = True) -> int:
-    """Writes folder/pairs.jsonl. Images that are files already are referred to where they are; others become folder/images/*.png.
+    """Writes folder/pairs.jsonl. Images that are files already are referred to where they are; others become files in folder/images,
+    JPEG, PNG and WebP as they were packed, all else as PNG.
 
     Returns:
       the number of pairs.
@@ -28,8 +36,13 @@ def export(pairs: Pairs, folder: Path, *, progress: bool = True) -> int:
     def written(image: Any, name: str) -> str:
         if isinstance(image, str | os.PathLike):
             return os.path.relpath(os.path.realpath(image), os.path.realpath(folder))
-        save_png(open_image(image), folder / "images" / f"{name}.png")
-        return f"images/{name}.png"
+        opened = open_image(image)  # what is damaged is refused here
+        file = f"images/{name}{_packing(image) or '.png'}"
+        if _packing(image):
+            (folder / file).write_bytes(image)
+        else:
+            save_png(opened, folder / file)
+        return file
 
     (folder / "images").mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / "pairs.jsonl") as temporary, temporary.open("w") as file:

@@ -48,7 +48,7 @@ def _paths(row: Mapping[str, Any], root: Path, *names: str) -> list[Path]:
 def _style(row: Mapping[str, Any], root: Path) -> Record:
     """{"style_image", "source", "output", "prompt"}."""
     style, source, output = _paths(row, root, "style_image", "source", "output")
-    words = say("style", f"style/{row['key']}", prompt=str(row.get("prompt", "")))
+    words = _without_end(say("style", f"style/{row['key']}", prompt=str(row.get("prompt", ""))))
     return Record(style, output, task="style", group="style_pairs", more_inputs=(source,), **words)
 
 
@@ -58,10 +58,19 @@ def _passed(row: Mapping[str, Any]) -> bool:
 
 
 def _composition(row: Mapping[str, Any], root: Path) -> Record:
-    """{"image1", "image2", "output", "description"}: the description says what of either image lives on (paper, Fig. 9)."""
+    """{"image1", "image2", "output", "description"}: the description says what of either image lives on (paper, Fig. 9).
+
+    Without one, `xprompt annotate --kind relation` asks for it.
+    """
     first, second, output = _paths(row, root, "image1", "image2", "output")
-    words = say("compose", f"compose/{row['key']}", prompt=str(row.get("description", "")))
-    return Record(first, output, task="compose", group="ip_adapter", more_inputs=(second,), **words)
+    described = str(row.get("description", ""))
+    words = _without_end(say("compose", f"compose/{row['key']}", prompt=described))
+    return Record(first, output, task="compose", group="ip_adapter", more_inputs=(second,), **words | {"description": described})
+
+
+def _without_end(words: dict[str, Any]) -> dict[str, Any]:
+    """An instruction whose template waits for words that there are none of."""
+    return words | {"instruction": words["instruction"].rstrip(": ")}
 
 
 def _action(row: Mapping[str, Any], root: Path) -> Record:
@@ -93,7 +102,7 @@ STYLE_PAIRS = Dataset("style_pairs", Card(
 ), _JSONL(_lines(_style, _passed)))  # fmt: skip
 IP_ADAPTER = Dataset("ip_adapter", Card(
     "Two images and their composition (IP-Adapter)", _OURS, "of its makers", ("compose",),
-    'lines {"image1", "image2", "output", "description"}; the paper has 50K',
+    'lines {"image1", "image2", "output", "description"}, the last optional; the paper has 50K',
 ), _JSONL(_lines(_composition)))  # fmt: skip
 POSE_ACTION = Dataset("pose_action", Card(
     "A person, the same person in another pose or action", _OURS, "of its makers", ("pose_action",),

@@ -91,8 +91,14 @@ def _dfwb_sources(root: Path, options: Options) -> Pairs:
     return Rows(_Crops(rows), _noisy, options.eval_fraction, counted=len(rows))
 
 
-def _clean(pattern: str, *below: str) -> Callable[[Path, Options], Pairs]:
-    return lambda root, options: Rows(Folders(root, rf"(?P<key>{pattern}){IMAGE}", {}, below=below), _noisy, options.eval_fraction)
+def _dfwb_crops(root: Path, options: Options) -> Pairs:
+    """Restormer's crops, <set>-<photograph>-<number>, or <set>-<photograph> where it is whole; the photographs are counted."""
+    rows = Folders(root, rf"(?P<key>train/DFWB/(?P<scene>[^/-]+-[^/]+?)(?:-\d+)?){IMAGE}", {}, below=["train/DFWB"])
+    return Rows(rows, _noisy, options.eval_fraction, counted=len({row["scene"] for row in rows}))
+
+
+def _clean(folder: str) -> Callable[[Path, Options], Pairs]:
+    return lambda root, options: Rows(Folders(root, rf"(?P<key>{folder}/[^/]+){IMAGE}", {}, below=[folder]), _noisy, options.eval_fraction)
 
 
 _NOISE_TESTS = (("CBSD68", 68), ("Kodak", 24), ("McMaster", 18), ("Urban100", 100))
@@ -105,8 +111,8 @@ DFWB = Dataset("dfwb", Card(
     Layout("photographs", (Part("train", "Downloads/*", lambda root, o: _dfwb_sources(root / "Downloads", o), 8594),)),
     Layout("photographs without Downloads/", (Part("train", "WaterlooED", _dfwb_sources, 8594),)),
     Layout("crops", (
-        Part("train", "train/DFWB", _clean(r"train/DFWB/[^/]+", "train/DFWB")),
-        *(Part(name, f"test/{name}", _clean(rf"test/{name}/[^/]+", f"test/{name}"), count) for name, count in _NOISE_TESTS),
+        Part("train", "train/DFWB", _dfwb_crops, 8594),
+        *(Part(name, f"test/{name}", _clean(f"test/{name}"), count) for name, count in _NOISE_TESTS),
     )),
 ), ("Datasets",))  # fmt: skip
 
@@ -243,7 +249,18 @@ def _lines(path: Path) -> list[str]:
         raise UserError(f"{path}: not there or not a text; it lists a split of FiveK: download it") from None
 
 
-_RETINEXFORMER = lambda split: _folders("retouch", "fivek", f"{split}/input", rf"{split}/target/\g<key>", below=split)
+def _retinexformer(split: str) -> Callable[[Path, Options], Pairs]:
+    """Retinexformer's JPEGs, of expert C alone."""
+    opened = _folders("retouch", "fivek", f"{split}/input", rf"{split}/target/\g<key>", below=split)
+
+    def open_part(root: Path, options: Options) -> Pairs:
+        if options.expert != "c":
+            raise UserError(f"--expert {options.expert}: {root} is Retinexformer's copy, which has expert C alone; leave it out")
+        return opened(root, options)
+
+    return open_part
+
+
 FIVEK = Dataset("fivek", Card(
     "MIT-Adobe FiveK: 5,000 photographs and their retouching by an expert (--expert, C)", "https://data.csail.mit.edu/graphics/fivek/",
     "research only (two licences, by photograph)", ("retouch",), "raw files need pip install 'xprompt-jax[data]'",
@@ -254,8 +271,8 @@ FIVEK = Dataset("fivek", Card(
         Part("test", "test.txt", _fivek_480p("test.txt"), 500),
     )),
     Layout("Retinexformer's", (
-        Part("train", "train/input", _RETINEXFORMER("train"), 4500), Part("test", "test/input", _RETINEXFORMER("test"), 500),
+        Part("train", "train/input", _retinexformer("train"), 4500), Part("test", "test/input", _retinexformer("test"), 500),
     )),
-), ("fivek_dataset", "FiveK"))  # fmt: skip
+), ("fivek_dataset", "FiveK"), ("expert",))  # fmt: skip
 
 DATASETS = (DFWB, GOPRO, RAIN13K, LOL_V1, LOL_V2_REAL, LOL_V2_SYNTHETIC, FIVEK)

@@ -1,6 +1,7 @@
 """`xprompt sample` on folders and manifests: what it writes, what it survives, what it refuses."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -201,6 +202,7 @@ def test_instructions_that_do_not_fit_are_left_out_and_told(capsys, loaded, mode
     ("[1]", "m.jsonl, line 1: not a JSON object"), ("{", "line 1: not a JSON object"), ("", "m.jsonl: empty"),
     ('{"seed": 1}', "line 1: no input"), ('{"input": "a.png", "sede": 1}', "line 1: unknown field 'sede'"),
     ('{"input": "a.png"}\n{"input": "a.png", "seed": "1"}', 'line 2: seed must be a whole number, not "1"'),
+    ('{"input": "a.png", "seed": 4294967296}', "line 1: seed 4294967296 must be at least 0 and at most 4294967295"),
     ('{"input": "a.png", "name": "../a"}', "line 1: name '../a' must be a name or path below --out"),
 ])  # fmt: skip
 def test_bad_manifests_are_refused(capsys, tmp_path, text, message):
@@ -217,6 +219,9 @@ def test_mistakes_are_one_line(capsys, model, task, photos, tmp_path):
         (["--example", photos / "0.png", tmp_path / "none.png"], "none.png: no such file"),
         (["--task", tmp_path / "none.xprompt"], "none.xprompt: no such file; make it with `xprompt compile`"),
         (["--task", task, "--num-images", 0], "--num-images must be at least 1"),
+        (["--task", task, "--seed", -1], "--seed -1 must be at least 0"),
+        (["--task", task, "--temperature", "nan"], "temperature must be a finite number"),
+        (["--task", task, "--top-p", 2], "top_p 2.0 must be"),
         (["--task", task, "--out", photos], f"--out {photos} is the folder of"),
         (["--task", task, "--inputs", photos, "--out", photos / "o"], f"lies inside --inputs {photos}"),
         (["--task", task, "--inputs", task.parent], "no image files"),
@@ -237,25 +242,30 @@ def test_example_and_texts(capsys, loaded, model, photos, tmp_path):
         np.testing.assert_array_equal(pixels(tmp_path / "t" / file), np.asarray(image))
 
 
-def test_killed_and_started_again_is_uninterrupted(capsys, model, task, tmp_path):
-    """In real processes; the uninterrupted run is this one's."""
-    folder = tmp_path / "in"
-    for i in range(24):
+def test_killed_and_started_again_is_uninterrupted(capsys, monkeypatch, model, task, tmp_path):
+    """In real processes; the uninterrupted run is this one's. An input that is a pipe holds the run up, in its third batch."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+    folder, pipe = tmp_path / "in", tmp_path / "in/08.png"
+    for i in range(12):
         save_png(np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8), folder / f"{i:02d}.png")
-    flags = ["--model", model, "--task", task, "--inputs", folder, "--num-images", 16]
-    command = [sys.executable, "-m", "xprompt_jax", "sample", *map(str, flags)]
+    flags = ["--model", model, "--task", task, "--inputs", folder, "--num-images", 4]
     whole, out = tmp_path / "whole", tmp_path / "pieces" / "whole"  # the same name: the contact sheet tells it
-    process = subprocess.Popen([*command, "--out", str(out)], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while not (out / "samples.jsonl").exists() or (out / "samples.jsonl").stat().st_size == 0:
-        assert process.poll() is None, "it ended before it drew"
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was done before it could be killed"
-    drawn = len(lines(out / "samples.jsonl"))
-    assert 0 < drawn < 384 and drawn % 16 == 0
-    with (out / "samples.jsonl").open("a") as file:
-        file.write('{"file": "23-')  # as a kill in the middle of a line leaves it
-    result = run("sample", *flags, "--out", out)
-    assert result.returncode == 0 and f"{384 - drawn} image(s) drawn, {drawn} kept" in result.stdout, result.stderr
     sample(capsys, *flags, "--out", whole)
-    assert content(out) == content(whole) and len(content(out)) == 386
+
+    picture = pipe.read_bytes()
+    pipe.unlink()
+    os.mkfifo(pipe)
+    command = [sys.executable, "-m", "xprompt_jax", "sample", *map(str, flags), "--out", str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not (out / "samples.jsonl").exists() or (out / "samples.jsonl").read_text().count("\n") < 32:
+        assert process.poll() is None, "it ended before it drew"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    with (out / "samples.jsonl").open("a") as file:
+        file.write('{"file": "11-')  # as a kill in the middle of a line leaves it
+    pipe.unlink()
+    pipe.write_bytes(picture)
+    result = run("sample", *flags, "--out", out)
+    assert result.returncode == 0 and "16 image(s) drawn, 32 kept" in result.stdout, result.stderr
+    assert content(out) == content(whole) and len(content(out)) == 50

@@ -4,6 +4,7 @@ import base64
 import http.client
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 import time
 from urllib.parse import urlsplit
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -63,9 +65,10 @@ def server(model, tasks):
     """A server process: its address and all it said so far."""
     flags = ["--tasks", str(tasks), "--port", "0", "--max-upload-mb", "0.1", "--max-images", "4", "--max-queue", "2"]
     code = CTRL_C + "import runpy; runpy.run_module('xprompt_jax', run_name='__main__')"
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
     process = subprocess.Popen(
         [sys.executable, "-c", code, "serve", "--model", str(model), *flags], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
     )  # fmt: skip
     said = [process.stdout.readline() for _ in range(2)]
     yield said[0].split()[1], said
@@ -202,22 +205,25 @@ def test_mistakes_of_the_command_are_one_line(capsys, url, model):
     for flags, message in (
         (["--port", port], f"--port {port}: cannot listen: Address already in use"),
         (["--port", 0, "--tasks", "/none"], "--tasks /none: no such folder"), (["--max-images", 99], "--max-images 99 must be in 1..16"),
-        (["--max-upload-mb", 0], "--max-upload-mb 0 must be above 0"), (["--max-queue", 0], "--max-queue 0"),
+        (["--max-upload-mb", 0], "--max-upload-mb 0 must be a number above 0"), (["--max-queue", 0], "--max-queue 0"),
+        (["--max-upload-mb", "inf"], "--max-upload-mb inf must be a number above 0"),
         (["--host", "no.such.host.invalid"], "cannot listen"),
     ):  # fmt: skip
         assert message in fails(capsys, "serve", "--model", model, *flags)
 
 
 class Gated(Studio):
-    """Draws when it is told to."""
+    """Tells an event when it may."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self.gate = threading.Semaphore(0)
+        self.gate, self.told = threading.Semaphore(0), []
 
     def draw(self, order):
-        self.gate.acquire()
-        yield from super().draw(order)
+        for event in super().draw(order):
+            self.gate.acquire()
+            self.told.append(event["event"])
+            yield event
 
 
 def test_the_line_is_bounded_in_order_and_left_by_those_who_go(loaded):
@@ -248,9 +254,15 @@ def test_the_line_is_bounded_in_order_and_left_by_those_who_go(loaded):
             assert time.monotonic() < end, "who leaves keeps his place"
             time.sleep(0.02)
         assert json.loads(third[1].readline()) == {"event": "queued", "ahead": 1}
-        studio.gate.release(2)
-        for _, answer in (first, third):
-            assert json.loads(answer.read().splitlines()[-1])["event"] == "done"
+        studio.gate.release()
+        assert json.loads(first[1].readline())["event"] == "compiled"
+        for end in reversed(first):  # who leaves while his images are drawn
+            end.close()
+        time.sleep(1)  # for the server to notice, while the next row is held up
+        studio.gate.release(99)
+        assert json.loads(third[1].read().splitlines()[-1])["event"] == "done"
+        stopped = studio.told.index("compiled", 1)
+        assert stopped < TINY.vq.grid and studio.told.count("done") == 1, "drawing went on for nobody"
         assert ask(url, "/api/draw", *form({}, PAIR))[0] == 400  # room again: this one is told that it has no image
     finally:
         studio.gate.release(99)

@@ -1,20 +1,24 @@
 """What is compiled once stays compiled: within a process by shape, between processes on disk."""
 
 import contextlib
+import dataclasses
 import os
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.helpers import FP32, TINY, tiny_tokenizer
+from xprompt_jax.model.cache import empty_cache
 from xprompt_jax.model.chameleon import Chameleon
 from xprompt_jax.model.vqgan import VQGAN
-from xprompt_jax.sample.guidance import Guidance
+from xprompt_jax.sample.draw import image_keys
 from xprompt_jax.sample.logits import Sampling
 from xprompt_jax.sample.sampler import Example, XPrompt
+from xprompt_jax.sample.speculative import decode_image, start
 
 _COMPILED: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -33,7 +37,7 @@ def compilations():
 
 @pytest.fixture(scope="module")
 def model():
-    decoder, vqgan = Chameleon(TINY, jax.random.key(0)), VQGAN(TINY.vq, jax.random.key(1))
+    decoder, vqgan = Chameleon(dataclasses.replace(TINY, num_layers=1), jax.random.key(0)), VQGAN(TINY.vq, jax.random.key(1))
     return XPrompt(decoder, vqgan, tiny_tokenizer(), compute=FP32)
 
 
@@ -56,10 +60,10 @@ def test_nothing_is_compiled_again_for_other_data(model, decoding):
     assert first
     with compilations() as again:
         draw(7, "paint the depth in grey, and add rain", 3.5, 0.8, 0.5, 4)
-        draw(8, "", -1.0, 0.0, 0.7, 3)  # three images take the rows of four
+        draw(8, "", -1, 0, 0.7, 3)  # three images take the rows of four, whole numbers are no other type
     assert not again
     with compilations() as other:
-        model.generate([Example(*images(0, 2))], images(1, 4), guidance=Guidance(task=2.0, text=2.0), decoding=decoding, window=4)
+        model.text_to_image(["add rain"], decoding=decoding, window=4)
     assert other, "the count sees nothing"
 
 
@@ -74,6 +78,33 @@ def test_writing_is_compiled_once(model):
     with compilations() as again:
         write(1, "paint the depth in grey, and add rain", 0.7, 0.5, 60, 3.0)
     assert not again
+
+
+def test_another_model_of_the_shape_takes_the_same_programs(model):
+    other = XPrompt(Chameleon(model.config, jax.random.key(5)), model.vqgan, tiny_tokenizer(), compute=FP32)
+    draw = lambda m: m.generate([Example(*images(0, 2))], images(1, 1), decoding="sequential")
+    draw(model)
+    assert other.fingerprint and other.image_head.shape
+    with compilations() as again:
+        draw(other)
+    assert not again
+
+
+def test_a_cache_is_updated_in_place(model):
+    """No second cache, neither in what a pass makes nor in what it needs meanwhile; layers have buffers of their own."""
+    config, width, window = model.config, 4096, 4
+    shaped = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+    state = jax.eval_shape(
+        lambda: start(empty_cache(config, 1, width, jnp.float32), jnp.zeros((1, 18 + window), jnp.int32), 4, 32, window, speculative=False)
+    )
+    size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state.memory))
+    memory = decode_image.lower(
+        shaped(model.layers_apart), shaped(model.image_head), np.int32(4), state, np.zeros(18 + window, np.int32), np.int32(16),
+        image_keys(0, [0]), np.ones(1, np.float32), Sampling(), window=window, dtype="float32",
+    ).compile().memory_analysis()  # fmt: skip
+    assert memory.alias_size_in_bytes >= size
+    scores = config.num_heads * window * width * 4
+    assert memory.temp_size_in_bytes < size / 2 + 3 * scores
 
 
 @pytest.mark.parametrize("environment, flags, kept", [

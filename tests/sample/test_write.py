@@ -6,6 +6,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 
 from tests.helpers import FP32, TINY, TINY_VQ, tiny_tokenizer
@@ -77,7 +78,7 @@ def by_the_oracle(model, prompt, *, seed, limit, max_images, scale, penalty):
     return written
 
 
-@pytest.mark.parametrize("scale, window", [(1.0, 1), (1.0, 5), (2.5, 5), (2.5, 32)])
+@pytest.mark.parametrize("scale, window", [(1.0, 5), (2.5, 1), (2.5, 32)])
 def test_rows_are_what_a_plain_loop_writes(model, scale, window):
     sep, v = model.tokenizer.vocab.sep, model.tokenizer.vocab
     picture = model.prompter.layout.encode(np.arange(16).reshape(4, 4) + 3)
@@ -91,11 +92,13 @@ def test_rows_are_what_a_plain_loop_writes(model, scale, window):
         assert row.tolist() == want
     begins = [np.nonzero(r == v.boi)[0].tolist() for r in rows]
     assert sum(map(len, begins)) > 0 and len({tuple(b) for b in begins}) > 1, "rows should be in different states at times"
-    (alone,) = write(model, [(None, prompts[1])], max_tokens=70, **settings)
-    np.testing.assert_array_equal(alone, rows[1])
+    if (scale, window) == (2.5, 32):
+        (alone,) = write(model, [(None, prompts[1])], max_tokens=70, **settings)
+        np.testing.assert_array_equal(alone, rows[1])
 
 
-def test_an_image_that_cannot_fit_is_not_begun(model):
+def test_an_image_that_cannot_fit_is_not_begun(model, monkeypatch):
+    monkeypatch.setattr(module, "_ROOM", 64)  # one shape for all limits
     v = model.tokenizer.vocab
     prompts = [(None, np.array([word, v.sep])) for word in v.text_ids[:16]]
     settings = dict(scale=1.0, text=Sampling(), image=Sampling(), repetition_penalty=1.0, window=7)
@@ -126,7 +129,7 @@ def test_interleave(model):
     answers = ask(["add rain", ["what is this", image]], task=pair, max_images=2)
     kinds = [isinstance(part, str) for answer in answers for part in answer]
     assert any(kinds) and not all(kinds)
-    with_task, without = ask([[image]], task=pair, max_images=0), ask([[image]], max_images=0)
+    with_task, without = ask([[image]] * 2, task=pair, max_images=0), ask([[image]] * 2, max_images=0)
     assert with_task != without and all(isinstance(part, str) for part in with_task[0])
     with pytest.raises(UserError, match="put the prompt into"):
         model.interleave("add rain")
@@ -134,9 +137,19 @@ def test_interleave(model):
         model.interleave([])
     with pytest.raises(UserError, match="do not fit"):
         model.interleave(["add rain"], max_tokens=20_000)
-    for wrong in ("max_tokens", "window"):
+    for wrong, value in (
+        ("max_tokens", 0), ("window", 0), ("max_images", -1), ("repetition_penalty", 0), ("repetition_penalty", np.nan),
+        ("max_tokens", "a"), ("repetition_penalty", "a"), ("guidance", "a"), ("seed", "a"), ("text", 0.7),
+    ):  # fmt: skip
         with pytest.raises(UserError, match=wrong):
-            model.interleave(["add rain"], **{wrong: 0})
+            model.interleave(["add rain"], **{wrong: value})
+    for prompt in (5, PIL.Image.fromarray(image)):
+        with pytest.raises(UserError, match="a text, or a list of texts and images"):
+            model.interleave([prompt])
+    with pytest.raises(UserError, match="question must be a text"):
+        model.describe(pair, 5)
+    with pytest.raises(UserError, match="a prompt must be a text"):
+        model.text_to_image([5])
 
 
 def test_images_take_fewer_passes_in_a_window(model, monkeypatch):
@@ -188,5 +201,5 @@ def test_descriptions_of_several_pairs_are_those_of_each(model):
     together = model.describe_all(pairs, **options)
     assert together == [model.describe(p, **options) for p in pairs]
     assert len(set(together)) > 1
-    assert model.describe_all([model.compile(pairs[1]), pairs[2]], **options) == together[1:]
-    assert model.describe(pairs[0], defaults="chameleon") != model.describe(pairs[0])
+    assert model.describe_all([model.compile(pairs[1]), pairs[2], pairs[0]], **options) == [*together[1:], together[0]]
+    assert model.describe(pairs[0], defaults="chameleon", max_tokens=40) != model.describe(pairs[0], max_tokens=40)

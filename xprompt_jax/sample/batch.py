@@ -30,6 +30,7 @@ from xprompt_jax.data.images import list_images, open_image, resize_center_crop,
 from xprompt_jax.errors import UserError
 from xprompt_jax.evaluate.report import ReportRow, contact_sheet
 from xprompt_jax.files import atomic_path, read_json_lines
+from xprompt_jax.sample.arguments import seed_of
 from xprompt_jax.sample.compiled import CompiledPrompt
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class Task:
           UserError: another model made it; names the file.
         """
         try:
-            self.prompt.check(model.fingerprint)
+            self.prompt.check(model)
         except UserError as e:
             raise UserError(f"{self.name}: {e}") from None
         return self
@@ -142,6 +143,7 @@ def _read_manifest(path: Path) -> list[Request]:
                 raise UserError(f"{where}: {field} must be {'a whole number' if field == 'seed' else 'a text'}, not {json.dumps(value)}")
         if "input" not in row:
             raise UserError(f'{where}: no input; write {{"input": "photo.png"}}')
+        seed_of(row.get("seed", 0), f"{where}: seed")
         image, name = path.parent / row["input"], row.get("name")
         if name is not None and not _is_below(name):
             raise UserError(f"{where}: name {name!r} must be a name or path below --out")

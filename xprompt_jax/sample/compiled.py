@@ -11,13 +11,18 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from xprompt_jax.errors import UserError
 from xprompt_jax.files import read_tensors, write_tensors
+from xprompt_jax.sample.arguments import check_list
 
-FORMAT = "xprompt-compiled-1"
+if TYPE_CHECKING:
+    from xprompt_jax.sample.sampler import XPrompt
+
+FORMAT = "xprompt-compiled-2"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +36,9 @@ class CompiledPrompt:
     lengths: np.ndarray
     """int32 [E], tokens of each example: its XP tokens stand at positions length+1 .. length+S."""
     fingerprint: str
-    """Of the model that made it."""
+    """Of the model that made it: its configuration, weights and tokenizer."""
+    tokenizer: str
+    """Fingerprint of its text tokenizer alone, so that a refusal can name the reason."""
     instruction: str = ""
     """The examples' instruction; used for the task when none is given."""
     thumbnails: tuple[str, ...] = ()
@@ -47,19 +54,23 @@ class CompiledPrompt:
         """Several compiled prompts of one model as one, with all their examples.
 
         Raises:
-          UserError: they come from different models.
+          UserError: there is none, or they come from different models.
         """
+        check_list(prompts, "join", "compiled prompt")
         if len({p.fingerprint for p in prompts}) != 1:
             raise UserError("compiled prompts of different models cannot be joined; compile all with one model")
         return cls(
             np.concatenate([p.k for p in prompts]), np.concatenate([p.v for p in prompts]),
-            np.concatenate([p.lengths for p in prompts]), prompts[0].fingerprint, prompts[0].instruction,
+            np.concatenate([p.lengths for p in prompts]), prompts[0].fingerprint, prompts[0].tokenizer, prompts[0].instruction,
             tuple(t for p in prompts for t in p.thumbnails),
         )  # fmt: skip
 
     def save(self, path: str | Path) -> None:
         """Writes the file, whole or not at all."""
-        header = {"fingerprint": self.fingerprint, "instruction": self.instruction, "thumbnails": json.dumps(self.thumbnails)}
+        header = {
+            "fingerprint": self.fingerprint, "tokenizer": self.tokenizer, **_told_of(self.k), "instruction": self.instruction,
+            "thumbnails": json.dumps(self.thumbnails),
+        }  # fmt: skip
         write_tensors(path, FORMAT, {"k": self.k, "v": self.v, "lengths": self.lengths}, header)
 
     @classmethod
@@ -70,12 +81,36 @@ class CompiledPrompt:
           UserError: it is missing, damaged, or not a compiled prompt.
         """
         tensors, header = read_tensors(path, FORMAT, "compiled prompt", "xprompt compile")
-        return cls(
-            **tensors, fingerprint=header["fingerprint"], instruction=header["instruction"],
-            thumbnails=tuple(json.loads(header["thumbnails"])),
-        )  # fmt: skip
+        try:
+            k, v, lengths = (tensors[name] for name in ("k", "v", "lengths"))
+            fits = k.ndim == 5 and v.shape == k.shape and lengths.shape == k.shape[:1] and _told_of(k).items() <= header.items()
+            fits = fits and bool(np.isfinite(k).all() and np.isfinite(v).all())
+            found = cls(
+                k, v, lengths, header["fingerprint"], header["tokenizer"], header["instruction"], tuple(json.loads(header["thumbnails"]))
+            )
+        except (KeyError, TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise UserError(f"{path}: damaged: its tensors are not those that its header tells of; make it again with `xprompt compile`")
+        return found
 
-    def check(self, fingerprint: str) -> None:
-        """Refuses a model that did not make this prompt."""
-        if self.fingerprint != fingerprint:
-            raise UserError(f"this compiled prompt belongs to model {self.fingerprint}, not to {fingerprint}; compile it again")
+    def check(self, model: XPrompt) -> None:
+        """Refuses a model that did not make this prompt.
+
+        Raises:
+          UserError: with the reason.
+        """
+        slots, own = self.k.shape[2], model.config.num_xp_tokens
+        if self.tokenizer != model.tokenizer.fingerprint:
+            reason = f"was made with the text tokenizer {self.tokenizer}, the model has {model.tokenizer.fingerprint}"
+        elif slots != own:
+            reason = f"has {slots} XP tokens an example, the model {own}"
+        elif self.fingerprint != model.fingerprint:
+            reason = f"belongs to model {self.fingerprint}, not to {model.fingerprint}"
+        else:
+            return
+        raise UserError(f"this compiled prompt {reason}; compile it again")
+
+
+def _told_of(k: np.ndarray) -> dict[str, str]:
+    return {"xp_tokens": str(k.shape[2]), "dtype": str(k.dtype)}

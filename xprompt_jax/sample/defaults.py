@@ -51,7 +51,7 @@ def defaults(name: str) -> Defaults:
     Raises:
       UserError: there is none.
     """
-    if name not in DEFAULTS:
+    if not isinstance(name, str) or name not in DEFAULTS:
         raise UserError(f"defaults {name!r} are unknown; use {', '.join(DEFAULTS)}")
     return DEFAULTS[name]
 

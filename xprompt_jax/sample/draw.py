@@ -14,15 +14,15 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import PIL.Image
 from tqdm import tqdm
 
 from xprompt_jax.errors import UserError
+from xprompt_jax.sample.arguments import seed_of, whole
 from xprompt_jax.sample.compiled import CompiledPrompt
 from xprompt_jax.sample.logits import Sampling
 from xprompt_jax.sample.prefill import check_room, prefill
@@ -60,12 +60,11 @@ def draw(
       int32 [prompts * num_images, grid, grid] codes; what is not drawn yet repeats the image's first code.
 
     Raises:
-      UserError: unknown decoding, numbers below 1, logits that are no numbers, or too much for the device's memory.
+      UserError: unknown decoding, a number out of its range, logits that are no numbers, or too much for the device's memory.
     """
     if decoding not in DECODINGS:
         raise UserError(f"decoding {decoding!r} is unknown; use jacobi or sequential, or speculative")
-    if num_images < 1 or window < 1:
-        raise UserError(f"num_images {num_images} and window {window} must be at least 1")
+    num_images, window = whole("num_images", num_images, 1), whole("window", window, 1)
     window = 1 if decoding == "sequential" else window
     grid = model.config.vq.grid
     total = len(branches["full"]) * num_images
@@ -114,14 +113,6 @@ def _draw_batch(model, rows, guess, scales, keys, window, sampling, chunks, spec
         yield (np.arange(grid * grid) < final).reshape(grid, grid), codes
 
 
-def check_list(values: Any, name: str, what: str) -> None:
-    """Refuses nothing, and a single value where a list of them is meant."""
-    if isinstance(values, str | PIL.Image.Image) or not hasattr(values, "__len__"):
-        raise UserError(f"{name} takes a list; put the {what} into [ ]")
-    if not len(values):
-        raise UserError(f"{name} needs at least one {what}")
-
-
 def check_prompt(model: XPrompt, text: str, code: np.ndarray | None = None, *, window: int) -> None:
     """Refuses what `draw` would: a task on an image (its codes), or a text to draw, that leaves no room for an image.
 
@@ -140,7 +131,7 @@ def pad_rows(rows: Sequence[int]) -> list[int]:
 
 def image_keys(seed: int, numbers: Sequence[int]) -> jax.Array:
     """[B]: one key for each image number of a seed."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.array(numbers, np.uint32))
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(np.uint32(seed_of(seed))), np.array(numbers, np.uint32))
 
 
 def check_sane(sane: jax.Array, dtype: str) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from xprompt_jax.errors import UserError
+from xprompt_jax.sample.arguments import check_text
 
 ImageLike = Any  # a PIL image, a path, a uint8 array [height, width, 3], or codes of the model's VQGAN, int32 [grid, grid]
 
@@ -15,7 +16,7 @@ class Example:
     """One demonstration: what goes in, what comes out, and (optionally) what was asked for.
 
     Raises:
-      UserError: it has no input or no output.
+      UserError: it has no input or no output, or its instruction is no text.
     """
 
     input: ImageLike
@@ -26,3 +27,4 @@ class Example:
         if self.input is None or self.output is None:
             missing = "output" if self.output is None else "input"
             raise UserError(f"an example has no {missing}: give the image before and the image after, Example(input, output)")
+        check_text("an example's instruction", self.instruction)

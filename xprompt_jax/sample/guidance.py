@@ -21,9 +21,8 @@ Lumina's u sees the new image alone, without bos; ours keeps bos, which every ro
 from __future__ import annotations
 
 import dataclasses
-import math
 
-from xprompt_jax.errors import UserError
+from xprompt_jax.sample.arguments import number
 
 BRANCHES = ("nothing", "image", "example", "full")
 
@@ -38,8 +37,7 @@ class Guidance:
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
-            if not math.isfinite(value):
-                raise UserError(f"guidance on the {name} is {value}; it must be a finite number (1 is off)")
+            object.__setattr__(self, name, number(f"guidance on the {name} (1 is off)", value))
 
     def weights(self) -> dict[str, float]:
         """Weight of every branch that matters; they sum to 1."""
@@ -48,6 +46,6 @@ class Guidance:
         return {name: w for name, w in weights.items() if w != 0.0}
 
     @classmethod
-    def of(cls, value: float | Guidance) -> Guidance:
-        """A plain number is a scale on the example."""
-        return value if isinstance(value, Guidance) else cls(task=float(value))
+    def of(cls, value: float | Guidance, step: str = "task") -> Guidance:
+        """A plain number is a scale of one step: on the example, if no other is named."""
+        return value if isinstance(value, Guidance) else cls(**{step: value})

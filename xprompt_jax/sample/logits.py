@@ -8,13 +8,13 @@ computes at once; that makes seeds mean something and lossless parallel decoding
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from xprompt_jax.errors import UserError
+from xprompt_jax.sample.arguments import number, whole
 
 
 @jax.tree_util.register_pytree_node_class
@@ -34,15 +34,15 @@ class Sampling:
     """Keep the smallest set of most likely tokens with this much mass; 1 (stored as None) keeps all."""
 
     def __post_init__(self):
-        if not (self.temperature == 0 or 1e-3 <= self.temperature < math.inf):
-            raise UserError(f"temperature {self.temperature} must be 0 (takes the most likely token), or at least 0.001 and finite; "
-                            "it must not be negative")  # fmt: skip
-        if self.top_k < 0 or self.top_k != int(self.top_k):
-            raise UserError(f"top_k {self.top_k} must be a whole number and not be negative (0 keeps all tokens)")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p {self.top_p} must be in (0, 1]")
-        if self.top_p == 1:
-            object.__setattr__(self, "top_p", None)
+        temperature, top_k = number("temperature", self.temperature), whole("top_k", self.top_k, 0)
+        top_p = 1.0 if self.top_p is None else number("top_p", self.top_p)
+        if not (temperature == 0 or temperature >= 1e-3):
+            raise UserError(f"temperature {temperature} must be 0 (takes the most likely token) or at least 0.001; it must not be negative")
+        if not 0 < top_p <= 1:
+            raise UserError(f"top_p {top_p} must be in (0, 1]")
+        # Numbers of one type: a temperature of 1 would compile another program than 1.0.
+        for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", None if top_p == 1 else top_p)):
+            object.__setattr__(self, name, value)
 
     def tree_flatten(self) -> tuple[tuple[Any, Any], int]:
         """Leaves, and what programs are compiled for."""

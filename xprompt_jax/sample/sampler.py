@@ -28,19 +28,20 @@ from xprompt_jax.model.params import flatten
 from xprompt_jax.model.quantize import Int8
 from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.prompt import DESCRIBE_QUESTION, Prompter, Sample, SlotShape, fill, stack
+from xprompt_jax.sample.arguments import check_list, check_text, check_tokenizer, whole
 from xprompt_jax.sample.compiled import CompiledPrompt
 from xprompt_jax.sample.defaults import defaults as settings
 from xprompt_jax.sample.defaults import override
 from xprompt_jax.sample.draw import MAX_BATCH as MAX_BATCH
-from xprompt_jax.sample.draw import check_list, draw
+from xprompt_jax.sample.draw import draw
 from xprompt_jax.sample.example import Example as Example
 from xprompt_jax.sample.example import ImageLike
 from xprompt_jax.sample.guidance import Guidance
 from xprompt_jax.sample.logits import Sampling
 from xprompt_jax.sample.oracle import check_slots
-from xprompt_jax.sample.prefill import PROMPT_STEP, round_up
+from xprompt_jax.sample.prefill import PROMPT_STEP, check_room, round_up
 from xprompt_jax.sample.thumbnails import thumbnail
-from xprompt_jax.sample.write import answers, write
+from xprompt_jax.sample.write import answers, mixed, write
 from xprompt_jax.tokens import Layout, Tokenizer
 
 if TYPE_CHECKING:
@@ -51,6 +52,11 @@ log = logging.getLogger(__name__)
 
 class XPrompt:
     """A decoder with its image and text tokenizers, ready to draw and to write."""
+
+    # Models of one shape share their programs.
+    _encode, _decode = staticmethod(jax.jit(VQGAN.encode)), staticmethod(jax.jit(VQGAN.decode))
+    _compiled_examples = staticmethod(jax.jit(Chameleon.encode_examples, static_argnames=("shape", "compute")))
+    _logits = staticmethod(jax.jit(Chameleon.logits, static_argnames=("compute",)))
 
     def __init__(
         self, decoder: Chameleon, vqgan: VQGAN, tokenizer: Tokenizer, *, compute: ComputeConfig | None = None, cache: str = "float"
@@ -63,16 +69,8 @@ class XPrompt:
         # The one copy of the weights that is kept, as decoding reads it.
         self.layers_apart = decoder if isinstance(decoder.blocks, nnx.List) else jax.jit(unstacked)(decoder)
         self.vqgan, self.tokenizer = vqgan, tokenizer
-        if tokenizer.vocab.size > self.config.vocab_size:
-            raise UserError(f"the tokenizer has {tokenizer.vocab.size} words, the model only {self.config.vocab_size}; "
-                            "use the text_tokenizer.json that belongs to the weights")  # fmt: skip
-        if tokenizer.vocab.num_codes != self.config.vq.num_codes:
-            raise UserError(f"the tokenizer has {tokenizer.vocab.num_codes} image words, the VQGAN {self.config.vq.num_codes} codes; "
-                            "use files that belong together")  # fmt: skip
+        check_tokenizer(tokenizer.vocab, self.config)
         self.prompter = Prompter(tokenizer, Layout(self.config.layout, tokenizer.vocab, self.config.vq.downsample))
-        self._encode = jax.jit(lambda model, pixels: model.encode(pixels))
-        self._decode = jax.jit(lambda model, codes: model.decode(codes))
-        self._compiled_examples = jax.jit(Chameleon.encode_examples, static_argnames=("shape", "compute"))
 
     @classmethod
     def from_pretrained(
@@ -166,13 +164,14 @@ class XPrompt:
         """Encodes examples into XP tokens, each on its own; nothing else of them is needed to run the task.
 
         Raises:
-          UserError: no example, or an image that cannot be read.
+          UserError: no example, an image that cannot be read, or an instruction too long.
         """
         check_list(examples, "compile", "example")
         if not all(isinstance(e, Example) for e in examples):
-            raise UserError("compile takes a list of Example(input, output, instruction)")
+            raise UserError("compile takes a list of Example(input, output, instruction); CompiledPrompt.load reads a .xprompt file")
         codes = self.encode_images([image for e in examples for image in (e.input, e.output)])
         tokens = [self.prompter.example(e.instruction, codes[2 * i], codes[2 * i + 1]) for i, e in enumerate(examples)]
+        check_room(max(map(len, tokens)), self.config.num_xp_tokens)
         return dataclasses.replace(
             self._compile_tokens(tokens), instruction=examples[0].instruction,
             thumbnails=tuple(thumbnail(self._open(e.input), self._open(e.output)) for e in examples),
@@ -186,7 +185,8 @@ class XPrompt:
         rows = [fill(Sample((e,), nothing, nothing), shape, bos=vocab.bos, pad=vocab.pad) for e in examples]
         batch = stack(rows, 1)
         k, v = self._compiled_examples(self.layers_apart, batch["ids"], batch["positions"], shape, batch["example_lengths"], self.compute)
-        return CompiledPrompt(np.asarray(k).swapaxes(0, 1), np.asarray(v).swapaxes(0, 1), batch["example_lengths"][:, 0], self.fingerprint)
+        return CompiledPrompt(np.asarray(k).swapaxes(0, 1), np.asarray(v).swapaxes(0, 1), batch["example_lengths"][:, 0], self.fingerprint,
+                              self.tokenizer.fingerprint)  # fmt: skip
 
     @functools.cached_property
     def _no_example(self) -> CompiledPrompt:
@@ -194,6 +194,8 @@ class XPrompt:
         return self._compile_tokens([np.zeros(0, np.int32)])
 
     def _contexts(self, task, count: int) -> list[CompiledPrompt]:
+        if isinstance(task, str | Path):
+            raise UserError(f"{task}: a name is no task; give CompiledPrompt.load({str(task)!r}), or a list of Example")
         if isinstance(task, CompiledPrompt):
             contexts = [task] * count
         elif task and all(isinstance(t, CompiledPrompt) for t in task):
@@ -203,7 +205,7 @@ class XPrompt:
         else:
             contexts = [self.compile(task)] * count
         for context in contexts:
-            context.check(self.fingerprint)
+            context.check(self)
         return contexts
 
     # --- drawing
@@ -256,6 +258,8 @@ class XPrompt:
     ) -> Iterator[list[PIL.Image.Image]]:  # fmt: skip
         """As `generate`, but yields all images after every row of codes; what is not drawn yet repeats the first code."""
         check_list(inputs, "generate", "input image")
+        if instruction is not None:
+            check_text("instruction", instruction)
         base = settings(defaults)
         scale = base.guidance if guidance is None else Guidance.of(guidance)
         sampling = override(base.image, temperature, top_k, top_p)
@@ -281,9 +285,11 @@ class XPrompt:
     ) -> list[PIL.Image.Image]:  # fmt: skip
         """Draws images of texts; guidance is a scale on the text. Arguments and errors as of `generate`."""
         check_list(prompts, "text_to_image", "prompt")
+        for prompt in prompts:
+            check_text("a prompt", prompt)
         base = settings(defaults)
-        scale = base.guidance if guidance is None else guidance
-        text = scale.text if isinstance(scale, Guidance) else float(scale)  # there is no image and no example to be guided by
+        # There is no image and no example to be guided by.
+        text = Guidance.of(base.guidance if guidance is None else guidance, "text").text
         nothing = [(None, np.zeros(0, np.int32))] * len(prompts)
         branches = {"example": nothing, "full": [(None, self.prompter.text_task(p)) for p in prompts]}
         *_, drawn = draw(
@@ -309,6 +315,7 @@ class XPrompt:
           UserError: as `interleave`.
         """
         check_list(tasks, "describe", "task")
+        check_text("question", question)
         base = settings(defaults)
         contexts = [self._contexts(task, 1)[0] for task in tasks]
         *_, rows = write(
@@ -360,23 +367,17 @@ class XPrompt:
         """As `interleave`, but yields all answers so far every few words and rows of codes, as `stream` does."""
         check_list(prompts, "interleave", "prompt")
         base, frame = settings(defaults), self.prompter.layout.num_tokens(self.config.vq.grid, self.config.vq.grid)
-        scale = base.guidance if guidance is None else guidance
-        max_tokens = 256 + frame if max_tokens is None else max_tokens
+        scale = Guidance.of(base.guidance if guidance is None else guidance, "text").text
+        max_tokens = 256 + frame if max_tokens is None else whole("max_tokens", max_tokens, 1)
+        if not all(isinstance(sampling, Sampling | None) for sampling in (text, image)):
+            raise UserError("interleave takes text=Sampling(...) and image=Sampling(...): how words and codes are drawn")
         context = None if task is None else self._contexts(task, 1)[0]
         yield from answers(
-            self, [(context, self._mixed(p)) for p in prompts], partial=partial, seed=seed, max_tokens=max_tokens,
+            self, [(context, mixed(self, p)) for p in prompts], partial=partial, seed=seed, max_tokens=max_tokens,
             max_images=max_tokens // frame if max_images is None else max_images,
-            scale=(scale if isinstance(scale, Guidance) else Guidance(text=float(scale))).text, text=text or base.text,
-            image=image or base.image, window=window,
+            scale=scale, text=text or base.text, image=image or base.image, window=window,
             repetition_penalty=base.repetition_penalty if repetition_penalty is None else repetition_penalty,
         )  # fmt: skip
-
-    def _mixed(self, prompt: str | Sequence[str | ImageLike]) -> np.ndarray:
-        ids: list[int] = []
-        for piece in [prompt] if isinstance(prompt, str) else prompt:
-            is_text = isinstance(piece, str)
-            ids += self.tokenizer.encode(piece) if is_text else self.prompter.layout.encode(self.encode_images([piece])[0]).tolist()
-        return np.array([*ids, self.tokenizer.vocab.sep], np.int32)
 
     # --- the oracle
 
@@ -394,8 +395,4 @@ class XPrompt:
           UserError: shapes differ, a role or id is unknown, or a group has more XP tokens than the model.
         """
         checked = check_slots(self.config, ids, roles, groups, positions, segments)
-        return self._logits(self.layers_apart, *checked)
-
-    @functools.cached_property
-    def _logits(self):
-        return jax.jit(functools.partial(Chameleon.logits, compute=self.compute))
+        return self._logits(self.layers_apart, *checked, self.compute)

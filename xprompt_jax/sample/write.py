@@ -30,7 +30,9 @@ from xprompt_jax.errors import UserError
 from xprompt_jax.model.cache import Cache
 from xprompt_jax.model.chameleon import Chameleon, extend, project_logits
 from xprompt_jax.model.quantize import Int8
+from xprompt_jax.sample.arguments import number, whole
 from xprompt_jax.sample.draw import MAX_BATCH, Prompt, check_sane, explained_memory, image_keys, pad_rows
+from xprompt_jax.sample.example import ImageLike
 from xprompt_jax.sample.logits import Sampling, choose, gumbel, penalise_repeats
 from xprompt_jax.sample.prefill import prefill
 from xprompt_jax.tokens import CODE, Vocabulary
@@ -185,9 +187,9 @@ def write(
     Raises:
       UserError: a number out of its range, logits that are no numbers, or too much for the device's memory.
     """
-    if max_tokens < 1 or max_images < 0 or repetition_penalty <= 0 or window < 1:
-        raise UserError(f"max_tokens {max_tokens} and window {window} must be at least 1, max_images {max_images} not negative, "
-                        f"repetition_penalty {repetition_penalty} positive")  # fmt: skip
+    max_tokens, max_images, window = whole("max_tokens", max_tokens, 1), whole("max_images", max_images, 0), whole("window", window, 1)
+    if number("repetition_penalty", repetition_penalty) <= 0:
+        raise UserError(f"repetition_penalty {repetition_penalty} must be above 0 (1 is off)")
     vocab, grid, size = model.tokenizer.vocab, model.config.vq.grid, model.config.vocab_size
     words = _words(vocab, model.prompter.layout.template(grid, grid), size, model.config.layout)
     room = -(-max_tokens // _ROOM) * _ROOM + window
@@ -245,6 +247,21 @@ def answers(
             yield [parts(model, row) for row in rows]
     if not partial:
         yield [parts(model, row) for row in rows]
+
+
+def mixed(model: XPrompt, prompt: str | Sequence[str | ImageLike]) -> np.ndarray:
+    """A text, or texts and images in their order -> int32 [n], the tokens of a prompt.
+
+    Raises:
+      UserError: it is neither, or an image cannot be read.
+    """
+    if not isinstance(prompt, str | list | tuple):
+        raise UserError(f"a prompt must be a text, or a list of texts and images, not {type(prompt).__name__}; put it into [ ]")
+    ids: list[int] = []
+    for piece in [prompt] if isinstance(prompt, str) else prompt:
+        is_text = isinstance(piece, str)
+        ids += model.tokenizer.encode(piece) if is_text else model.prompter.layout.encode(model.encode_images([piece])[0]).tolist()
+    return np.array([*ids, model.tokenizer.vocab.sep], np.int32)
 
 
 def parts(model: XPrompt, tokens: np.ndarray) -> list[str | PIL.Image.Image]:

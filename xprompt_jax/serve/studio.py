@@ -43,8 +43,8 @@ class Limits:
     """Requests that wait or are being drawn; more are turned away."""
 
     def __post_init__(self):
-        if not self.upload_mb > 0:
-            raise UserError(f"--max-upload-mb {self.upload_mb:g} must be above 0")
+        if not 0 < self.upload_mb < math.inf:
+            raise UserError(f"--max-upload-mb {self.upload_mb:g} must be a number above 0")
         if not 1 <= self.images <= MAX_BATCH:
             raise UserError(f"--max-images {self.images} must be in 1..{MAX_BATCH}, what is drawn at once")
         if self.queue < 1:
@@ -107,7 +107,7 @@ class Studio:
     def _load_file(self, path: Path, _: int) -> CompiledPrompt:
         try:
             prompt = CompiledPrompt.load(path)
-            prompt.check(self.model.fingerprint)
+            prompt.check(self.model)
         except UserError as e:
             raise UserError(f"{path.name}: {str(e).removeprefix(f'{path}: ')}") from None
         return prompt

@@ -3,19 +3,22 @@
 import gc
 import os
 import tempfile
-from pathlib import Path
+from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Most programs here run once on tiny shapes: optimising them takes longer than running them.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# In the environment, so that processes that tests start have the same cache. Small programs too: each operation outside jit is one.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
+    "XPROMPT_TEST_CACHE", os.path.join(tempfile.gettempdir(), f"xprompt-test-cache-{version('jax')}")
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
-
-_CACHE = Path(os.environ.get("XPROMPT_TEST_CACHE", Path(tempfile.gettempdir()) / f"xprompt-test-cache-{jax.__version__}"))
-jax.config.update("jax_compilation_cache_dir", str(_CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from xprompt_jax.config import ComputeConfig, ModelConfig, VQConfig
+from xprompt_jax.model.chameleon import Chameleon, abstract_model
+from xprompt_jax.model.params import flatten, unflatten
 from xprompt_jax.prompt import Role, Sample, Slots, SlotShape, fill
 from xprompt_jax.tokens import Tokenizer, train_tokenizer
 
@@ -29,6 +31,17 @@ def tiny_tokenizer() -> Tokenizer:
     """A tokenizer of 32 image codes and a few hundred words."""
     corpus = ["remove the rain", "add rain", "the output image has no rain", "paint the depth in grey"] * 4
     return train_tokenizer(corpus, num_codes=32, vocab_size=420)
+
+
+def random_decoder(config: ModelConfig = TINY, seed: int = 0) -> Chameleon:
+    """A decoder of random weights, norms and biases included. NumPy draws them, for which nothing need be compiled."""
+    rng, like = np.random.default_rng(seed), abstract_model(config)
+
+    def draw(name: str, shape: tuple[int, ...]) -> jax.Array:
+        middle = 1.0 if name.endswith(("norm", "scale")) else 0.0
+        return jnp.asarray(middle + 0.3 * rng.standard_normal(shape), jnp.float32)
+
+    return unflatten(like, {name: draw(name, value.shape) for name, value in flatten(like).items()})
 
 
 def random_sample(rng: np.random.Generator, shape: SlotShape, vocab: int = 400) -> Sample:

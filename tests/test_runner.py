@@ -32,14 +32,14 @@ def test_held_out_pictures_while_training(world_store, tmp_path):
     pictures = [np.asarray(PIL.Image.open(tmp_path / "samples" / f"{step:07d}.png")) for step in (1, 2)]
     held_out = [p for p in Store.open(world_store).pairs if p.split == "eval"]
     groups = sorted({p.group for p in held_out}, key=[p.group for p in held_out].index)
-    codes, vqgan = Store.open(world_store).codes, VQGAN(TINY.vq, jax.random.key(1))
-    model = XPrompt.from_pretrained(tmp_path / "model")
+    model, codes = XPrompt.from_pretrained(tmp_path / "model"), Store.open(world_store).codes
+    stored = XPrompt(model.decoder, VQGAN(TINY.vq, jax.random.key(1)), model.tokenizer)  # with the VQGAN that made the store
     for picture in pictures:
         assert picture.shape == (2 * 16, 5 * 16, 3)
         for row, group in enumerate(groups[:2]):
             example, query = [p for p in held_out if p.group == group][:2]
             for column, number in ((0, example.input), (1, example.output), (2, query.input), (4, query.output)):
-                want = np.asarray(XPrompt(model.decoder, vqgan, model.tokenizer).decode_images(codes[number][None].astype(np.int32))[0])
+                want = np.asarray(stored.decode_images(codes[number][None].astype(np.int32))[0])
                 np.testing.assert_array_equal(picture[16 * row : 16 * row + 16, 16 * column : 16 * column + 16], want)
 
 

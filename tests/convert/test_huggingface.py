@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -97,7 +96,12 @@ def test_logits_are_those_of_hugging_faces_model(tmp_path, seed):
     theirs.eval()
     body = theirs.model.language_model if hasattr(theirs.model, "language_model") else theirs.model
     decoder = load_decoder(open_source(tmp_path), dtype=np.float32)
-    run = jax.jit(lambda decoder, *row: decoder.logits(*row, FP32))
+
+    @jax.jit
+    def run(decoder, embed, xp, ids, roles, groups, positions, real):
+        """Our logits; and, as HF has no XP table, what to give it: the mask and the embeddings."""
+        ours = decoder.logits(ids, roles, groups, positions, real, FP32)
+        return ours, dense_mask(roles, groups, real), place_by_role(embed[ids], xp, roles, groups, real)
 
     rows = random_rows(seed, SlotShape(2, 6, 3, 8), 2)
     ids, roles, groups, positions = (np.asarray(column(rows, n)) for n in ("ids", "roles", "groups", "positions"))
@@ -112,13 +116,11 @@ def test_logits_are_those_of_hugging_faces_model(tmp_path, seed):
         (rng.permuted(roles, axis=1), groups, scattered, real),  # any table of roles at all
     ]
     for case, (roles, groups, positions, real) in enumerate(cases):
-        ours = np.asarray(run(decoder, *map(jnp.asarray, (ids, roles, groups, positions, real))))
-        mask = np.asarray(dense_mask(*map(jnp.asarray, (roles, groups, real))))
-        # HF has no XP table: give it the embeddings.
-        x = place_by_role(tensors["embed"][ids], tensors["xp"], *map(jnp.asarray, (roles, groups, real)))
+        row = [array.astype(np.int32) for array in (ids, roles, groups, positions, real)]
+        ours, mask, x = map(np.asarray, run(decoder, tensors["embed"], tensors["xp"], *row))
         with torch.no_grad():
             hidden = body(
-                inputs_embeds=torch.tensor(np.asarray(x)), position_ids=torch.tensor(positions, dtype=torch.long),
+                inputs_embeds=torch.tensor(x), position_ids=torch.tensor(positions, dtype=torch.long),
                 attention_mask=torch.tensor(np.where(mask[:, None], 0.0, np.finfo(np.float32).min), dtype=torch.float32),
             ).last_hidden_state  # fmt: skip
             want = theirs.lm_head(hidden).numpy()

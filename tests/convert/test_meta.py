@@ -50,10 +50,16 @@ def test_logits_are_those_of_metas_conventions(tmp_path, seed):
     checkpoint = meta_folder(tmp_path, rng, **a)
     source = Adapted(open_source(tmp_path / "models" / "tiny", num_xp_tokens=3), Adaptation(image_head="keep"))
     decoder = load_decoder(source, dtype=np.float32)
-    run = jax.jit(lambda decoder, *row: decoder.logits(*row, FP32))
+
+    @jax.jit
+    def run(decoder, embed, xp, ids, roles, groups, positions, real):
+        """Our logits; the mask and the embeddings for the reference."""
+        ours = decoder.logits(ids, roles, groups, positions, real, FP32)
+        return ours, dense_mask(roles, groups, real), place_by_role(embed[ids], xp, roles, groups, real)
+
     rows = random_rows(seed, SlotShape(2, 6, 3, 8), 1)
-    ids, roles, groups, positions = (column(rows, n) for n in ("ids", "roles", "groups", "positions"))
-    real = segments(rows)
+    ids, roles, groups, positions = (np.asarray(column(rows, n)) for n in ("ids", "roles", "groups", "positions"))
+    real = np.asarray(segments(rows))
     causal = np.full_like(roles, 3), np.zeros_like(groups)
     cases = [
         (roles, groups, positions, real),
@@ -63,15 +69,14 @@ def test_logits_are_those_of_metas_conventions(tmp_path, seed):
     embed = np.concatenate([r["tok_embeddings.weight"] for r in checkpoint], axis=1)
     xp = source.read("xp")
     for roles, groups, positions, real in cases:
-        ours = np.asarray(run(decoder, ids, roles, groups, positions, real))[0]
-        x = np.asarray(place_by_role(embed[np.asarray(ids)], xp, roles, groups, real))[0]
-        mask = np.array(dense_mask(roles, groups, real))[0]
+        row = [array.astype(np.int32) for array in (ids, roles, groups, positions, real)]
+        ours, mask, x = (np.array(out)[0] for out in run(decoder, embed, xp, *row))
         np.fill_diagonal(mask, True)  # padding sees itself, so that its softmax exists
         want = reference_logits(
-            checkpoint, x, mask, np.asarray(positions)[0],
+            checkpoint, x, mask, positions[0],
             heads=a["heads"], kv_heads=a["kv_heads"], layers=a["layers"], swin=a["swin"],
         )  # fmt: skip
-        kept = np.asarray(real)[0].astype(bool)
+        kept = real[0].astype(bool)
         np.testing.assert_allclose(ours[kept], want[kept], atol=1e-4 * np.abs(want).max(), rtol=0)
 
 

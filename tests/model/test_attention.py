@@ -1,5 +1,7 @@
 """Split attention against the dense mask, and the mask against its table."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,19 +46,29 @@ def qkv(seed, batch, length, heads=4, kv_heads=2, dim=8):
     return [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
 
 
+def with_gradients(attention):
+    """One program: (q, k, v, ...) -> its values, and the gradients of q, k and v of a sum over them."""
+
+    def run(q, k, v, *rest):
+        seen = lambda *qkv: (jnp.sum(jnp.sin(out := attention(*qkv, *rest))), out)
+        grads, out = jax.grad(seen, (0, 1, 2), has_aux=True)(q, k, v)
+        return out, grads
+
+    return jax.jit(run)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_split_is_dense(shape, seed):
-    rows = random_rows(seed, shape) if shape.todo else _context_only(seed, shape)
-    q, k, v = qkv(seed, len(rows), shape.length)
-    mask = dense_mask(column(rows, "roles"), column(rows, "groups"), segments(rows))
-    real = segments(rows)[..., None, None]
-    dense = lambda q, k, v: dense_attention(q, k, v, mask) * real
-    split = lambda q, k, v: split_attention(q, k, v, shape, column(rows, "example_lengths")) * real
-    np.testing.assert_allclose(split(q, k, v), dense(q, k, v), atol=2e-6)
-    grads = [jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1, 2))(q, k, v) for f in (dense, split)]
-    for got, want in zip(*grads, strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-5)
+def test_split_is_dense(shape):
+    dense = with_gradients(lambda q, k, v, mask, lengths, real: dense_attention(q, k, v, mask) * real)
+    split = with_gradients(lambda q, k, v, mask, lengths, real: split_attention(q, k, v, shape, lengths) * real)
+    for seed in (0, 1):
+        rows = random_rows(seed, shape) if shape.todo else _context_only(seed, shape)
+        mask = dense_mask(column(rows, "roles"), column(rows, "groups"), segments(rows))
+        given = (*qkv(seed, len(rows), shape.length), mask, column(rows, "example_lengths"), segments(rows)[..., None, None])
+        (got, grads), (want, wanted) = split(*given), dense(*given)
+        np.testing.assert_allclose(got, want, atol=2e-6)
+        for got, want in zip(grads, wanted, strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def _context_only(seed, shape):
@@ -71,23 +83,23 @@ def _context_only(seed, shape):
 @pytest.mark.parametrize("length", [1, 128, 129, 1100])
 def test_blocks_are_the_square(length):
     """Values and gradients, below a block, at its edge, and where the number of blocks is at its bound."""
-    q, k, v = qkv(0, 1, length, heads=2, kv_heads=1)
+    given = qkv(0, 1, length, heads=2, kv_heads=1)
     square = lambda q, k, v: dense_attention(q, k, v, jnp.tril(jnp.ones((1, length, length), bool)))
-    np.testing.assert_allclose(jax.jit(blocked_causal)(q, k, v), square(q, k, v), atol=1e-5)
-    grads = [jax.jit(jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1, 2)))(q, k, v) for f in (square, blocked_causal)]
-    for got, want in zip(*grads, strict=True):
+    (got, grads), (want, wanted) = (with_gradients(f)(*given) for f in (blocked_causal, square))
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    for got, want in zip(grads, wanted, strict=True):
         np.testing.assert_allclose(got, want, atol=5e-5)
 
 
 @pytest.mark.parametrize("block", [128, 512])
 def test_splash_kernel_is_causal_attention(block):
     """Values and gradients, in several blocks and in one that is larger than the rows."""
-    q, k, v = qkv(0, 1, 150, heads=2, kv_heads=1, dim=128)
+    given = qkv(0, 1, 150, heads=2, kv_heads=1, dim=128)
     square = lambda q, k, v: dense_attention(q, k, v, jnp.tril(jnp.ones((1, 150, 150), bool)))
-    kernel = lambda q, k, v: splash_causal(q, k, v, block=block, interpret=True)
-    np.testing.assert_allclose(kernel(q, k, v), square(q, k, v), atol=2e-5)
-    grads = [jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1, 2))(q, k, v) for f in (square, kernel)]
-    for want, got in zip(*grads, strict=True):
+    kernel = functools.partial(splash_causal, block=block, interpret=True)
+    (got, grads), (want, wanted) = (with_gradients(f)(*given) for f in (kernel, square))
+    np.testing.assert_allclose(got, want, atol=2e-5)
+    for got, want in zip(grads, wanted, strict=True):
         np.testing.assert_allclose(got, want, atol=5e-5)
 
 

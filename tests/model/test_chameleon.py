@@ -1,16 +1,17 @@
 """The decoder: sizes, and its passes against the oracle."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import FP32, TINY, column, random_rows, segments
+from tests.helpers import FP32, TINY, column, random_decoder, random_rows, segments
 from xprompt_jax.config import PRESETS
 from xprompt_jax.model.cache import Cache, empty_cache, write
-from xprompt_jax.model.chameleon import Chameleon, Rows, abstract_model, extend, pack, project_logits, unpack, unstacked
+from xprompt_jax.model.chameleon import Rows, abstract_model, extend, pack, project_logits, unpack, unstacked
 from xprompt_jax.model.params import count, flatten, logical_axes, unflatten
 from xprompt_jax.prompt import SlotShape, stack
 
@@ -30,19 +31,23 @@ def test_the_mini_is_small():
 @pytest.fixture(scope="module", params=["pre-norm", "swin"])
 def model(request):
     config = dataclasses.replace(TINY, swin_norm=request.param == "swin")
-    params = flatten(Chameleon(config, jax.random.key(0)))
-    # Norms start at one and biases at zero; move them, or a norm in the wrong place would go unseen.
-    moved = {n: v + 0.3 * jax.random.normal(jax.random.key(i), v.shape) for i, (n, v) in enumerate(params.items())}
-    return unflatten(abstract_model(config), moved)
+    # Norms start at one and biases at zero; random here, or a norm in the wrong place would go unseen.
+    return random_decoder(config)
 
 
-def hidden(model, batch, compute=FP32, shape=SHAPE, **options):
-    (out,) = model.hidden([Rows(batch["ids"], batch["positions"], batch["example_lengths"], shape)], compute, **options)
+@functools.partial(jax.jit, static_argnames=("compute", "shape", "rate"))
+def hidden(model, batch, compute=FP32, shape=SHAPE, rate=0.0, key=None):
+    (out,) = model.hidden([Rows(batch["ids"], batch["positions"], batch["example_lengths"], shape)], compute, rate=rate, key=key)
     return out
 
 
+@jax.jit
+def logits(model, *row):
+    return model.logits(*row, FP32)
+
+
 def oracle(model, rows):
-    return model.logits(*(column(rows, n) for n in ("ids", "roles", "groups", "positions")), segments(rows), FP32)
+    return logits(model, *(column(rows, n) for n in ("ids", "roles", "groups", "positions")), segments(rows))
 
 
 @pytest.mark.parametrize("compute", [
@@ -141,14 +146,19 @@ def test_prefill_and_decode_are_the_oracle(model):
     rng, lengths = np.random.default_rng(5), [5, 9, 7]
     ids = rng.integers(2, 400, (3, 9))
     roles = np.full((3, 9), 3)
-    want = model.logits(ids, roles, np.zeros_like(ids), np.tile(np.arange(9), (3, 1)), np.ones_like(ids), FP32)
+    want = logits(model, ids, roles, np.zeros_like(ids), np.tile(np.arange(9), (3, 1)), np.ones_like(ids))
     apart, cache = unstacked(model), empty_cache(model.config, 3, 9 + 4, jnp.float32)
+
+    @jax.jit
+    def feed(apart, window, cache, counts):
+        h, cache = extend(apart.blocks, apart.embed[...][window], cache, counts, model.config.rope_theta)
+        return project_logits(apart.final(h), apart.head[...]), cache
+
     fed = np.zeros(3, int)
     while (fed < lengths).any():
         counts = np.minimum(rng.integers(0, 5, 3), lengths - fed)
         window = np.stack([np.resize(np.append(ids[b, f : f + c], [1]), 4) for b, (f, c) in enumerate(zip(fed, counts, strict=True))])
-        h, cache = extend(apart.blocks, model.embed[...][window], cache, jnp.asarray(counts), model.config.rope_theta)
-        got = project_logits(model.final(h), model.head[...])
+        got, cache = feed(apart, window, cache, counts)
         for b, (f, c) in enumerate(zip(fed, counts, strict=True)):
             np.testing.assert_allclose(got[b, :c], want[b, f : f + c], atol=1e-4, rtol=1e-4)
         fed += counts
@@ -165,4 +175,4 @@ def test_every_parameter_has_axes_and_survives_flattening(model):
     params = flatten(model)
     assert all(len(logical_axes(name)) == value.ndim for name, value in params.items())
     again = flatten(unflatten(abstract_model(model.config), params))
-    assert all((again[name] == params[name]).all() for name in params)
+    assert all(np.array_equal(again[name], params[name]) for name in params)

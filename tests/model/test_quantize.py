@@ -80,7 +80,8 @@ def test_the_loop_carries_int8_and_no_wide_copy():
         return jax.lax.fori_loop(0, 5, step, (x, cache))
 
     cache = jax.eval_shape(lambda: empty_cache(config, 1, 8, jnp.float32))
-    program = jax.jit(loop).lower(model, jax.ShapeDtypeStruct((1, 1, 64), jnp.float32), cache).compile().as_text()
+    lowered = jax.jit(loop).lower(model, jax.ShapeDtypeStruct((1, 1, 64), jnp.float32), cache)
+    program = lowered.compile({"xla_backend_optimization_level": 0}).as_text()  # the passes over HLO are all there
     (carried,) = [line for line in program.splitlines() if " while(" in line]
     assert carried.count("s8[64,256]") == 2 * config.num_layers and "f32[64,256]" not in carried
 

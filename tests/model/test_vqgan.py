@@ -193,7 +193,7 @@ def test_memory_of_a_batch_is_bounded():
     model = abstract(VQConfig())
     pixels, codes = jax.ShapeDtypeStruct((32, 512, 512, 3), jnp.float32), jax.ShapeDtypeStruct((32, 32, 32), jnp.int32)
     for compute, given in ((VQGAN.encode, pixels), (VQGAN.decode, codes)):
-        memory = jax.jit(compute).lower(model, given).compile().memory_analysis()
+        memory = jax.jit(compute).lower(model, given).compile({"xla_backend_optimization_level": 0}).memory_analysis()  # never run
         assert memory.temp_size_in_bytes < 2 * 2**30
 
 

@@ -16,6 +16,7 @@ from xprompt_jax.train.step import make_train_step, shapes_of
 
 # XLA counts a loop's body once: layers are unrolled, and all answers are one slice of the head.
 UNROLLED = ComputeConfig(dtype="float32", scan_layers=False)
+NEVER_RUN = {"xla_backend_optimization_level": 0}  # LLVM's work is not looked at
 ROWS, ANSWERS = 8, 64
 
 
@@ -43,7 +44,7 @@ def test_forward_pass(examples):
         model = unflatten(abstract_model(config.model), params)
         return model.hidden([Rows(batch["ids"], batch["positions"], batch["example_lengths"], shape)], config.compute)
 
-    counted = jax.jit(forward).lower(flatten(abstract_model(config.model))).compile().cost_analysis()["flops"]
+    counted = jax.jit(forward).lower(flatten(abstract_model(config.model))).compile(NEVER_RUN).cost_analysis()["flops"]
     heads = config.model.num_layers * config.model.num_heads * config.model.head_dim
     formula = ROWS * (row_flops(config.model, shape, answers=0) / 3 + 4 * heads * hidden_pairs(shape))
     assert formula < counted < 1.02 * formula  # norms, rotary positions, softmax and activations are the rest
@@ -58,7 +59,7 @@ def test_training_step(optim):
     optimizer = make_optimizer(config.optim, 4)
     state = jax.eval_shape(lambda: make_state(config, optimizer, jax.random.key(0)))
     batch = {name: jnp.asarray(value) for name, value in stack(random_rows(0, shape, ROWS), ANSWERS).items()}
-    counted = make_train_step(config, optimizer).lower(state, {"b": batch}).compile().cost_analysis()["flops"]
+    counted = make_train_step(config, optimizer).lower(state, {"b": batch}).compile(NEVER_RUN).cost_analysis()["flops"]
     backward = config.optim.trainable != "image_head"
     computed_though_hidden = (12 if backward else 4) * model.num_heads * model.head_dim * hidden_pairs(shape)
     # The loss and the scores of causal squares are rematerialised; the formula counts no recomputation.

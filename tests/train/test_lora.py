@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.test_runner import config as whole_run
-from tests.train.test_training import CONFIG, assert_close, data, replace, run_steps
+from tests.train.test_training import CONFIG, assert_close, data, drawn, replace, run_steps, start
 from xprompt_jax.checkpoint import Checkpoints
 from xprompt_jax.config import LORA_TARGETS, MeshConfig, OptimConfig
 from xprompt_jax.convert.formats import open_source
@@ -31,17 +31,15 @@ LORA = replace(
 PARTS = {"wq": "attention", "wk": "attention", "wv": "attention", "wo": "attention", "gate": "mlp", "up": "mlp", "down": "mlp"}
 
 
-def some_state(config=LORA):
+def new_state(config=LORA, initial=None):
+    return make_state(config, make_optimizer(config.optim, 4), jax.random.key(0), initial)
+
+
+def some_state():
     """A state whose B is not zero."""
-
-    @jax.jit
-    def make():
-        state = make_state(config, make_optimizer(config.optim, 4), jax.random.key(0))
-        keys = jax.random.split(jax.random.key(5), len(state.params))
-        params = {n: v + 0.1 * jax.random.normal(k, v.shape) for k, (n, v) in zip(keys, state.params.items(), strict=True)}
-        return dataclasses.replace(state, params=params)
-
-    return make
+    state, rng = jax.jit(lambda initial: new_state(initial=initial))(drawn()), np.random.default_rng(5)
+    params = {n: v + 0.1 * rng.standard_normal(v.shape).astype(np.float32) for n, v in jax.device_get(state.params).items()}
+    return dataclasses.replace(state, params=params)
 
 
 BATCH = data(0, LORA)["in_context"]
@@ -53,10 +51,10 @@ def loss(params, config=LORA):
 
 def test_gradients_are_those_through_merged_weights():
     """Loss and gradients against the dense weights W + 2 A B and the chain rule by hand."""
-    state = some_state()()
+    state = some_state()
     through = lambda params: loss(assemble(params, state.frozen))
     got, grads = jax.jit(jax.value_and_grad(through))(state.params)
-    whole = merge(state.params, state.frozen)
+    whole = jax.jit(merge)(state.params, state.frozen)
     want, dense = jax.jit(jax.value_and_grad(lambda p: loss(p)))(whole)
     np.testing.assert_allclose(got, want, rtol=1e-6)
     np.testing.assert_allclose(grads["xp"], dense["xp"], atol=1e-5, rtol=1e-4)
@@ -74,7 +72,7 @@ def test_gradients_are_those_through_merged_weights():
 
 def test_new_adapters_are_the_base_model():
     config = replace(LORA, optim={"lora_targets": ("wq", "down")})
-    state = jax.jit(lambda: make_state(config, make_optimizer(config.optim, 4), jax.random.key(0)))()
+    state = jax.jit(lambda initial: new_state(config, initial))(drawn())
     base = {n: v for n, v in (state.frozen | state.params).items() if not n.startswith("lora.")}
     merged = merge(state.params, state.frozen)
     assert set(merged) == set(base)
@@ -116,7 +114,7 @@ def made(jaxpr):
 def test_no_merged_weight_and_no_gradient_of_one_is_made(remat):
     """No product has the shape of a layer's matrix, and no loop over layers puts out anything of the shape of all layers' matrices."""
     config = dataclasses.replace(replace(LORA, model={"num_layers": 5, "dim": 40}), compute=dataclasses.replace(LORA.compute, remat=remat))
-    state = jax.eval_shape(some_state(config))
+    state = jax.eval_shape(lambda: new_state(config))
 
     def found(base, trained):
         return set(made(jax.make_jaxpr(jax.grad(lambda params, frozen: loss(params | frozen, config)))(trained, base).jaxpr))
@@ -143,14 +141,15 @@ def test_scan_is_unrolled_and_eight_devices_are_one():
 def test_stopped_and_resumed_is_uninterrupted(tmp_path):
     """With everything that saves memory at once: adapters on a bfloat16 model, bfloat16 moments, an average."""
     config = replace(LORA, optim={"frozen_dtype": "bfloat16", "moment_dtype": "bfloat16", "ema_decay": 0.9})
-    whole = train(config, tmp_path / "whole", rows, progress=False)
+    initial = lambda: start(make_mesh(config.mesh))
+    whole = train(config, tmp_path / "whole", rows, initial=initial, progress=False)
 
     def interrupted(step):
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return rows(step)
 
-    assert train(config, tmp_path / "parts", interrupted, progress=False).step < 4
+    assert train(config, tmp_path / "parts", interrupted, initial=initial, progress=False).step < 4
     resumed = train(config, tmp_path / "parts", rows, progress=False)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -195,6 +194,6 @@ def test_what_cannot_be_is_refused(flags, told):
 
 def test_a_rank_that_saves_nothing_is_refused():
     with pytest.raises(UserError, match="optim.lora_rank 16 is not below 16, the smaller side of wk"):
-        jax.eval_shape(some_state(replace(LORA, optim={"lora_rank": 16})))
-    jax.eval_shape(some_state(replace(LORA, optim={"lora_rank": 16, "lora_targets": ("gate",)})))
+        jax.eval_shape(lambda: new_state(replace(LORA, optim={"lora_rank": 16})))
+    jax.eval_shape(lambda: new_state(replace(LORA, optim={"lora_rank": 16, "lora_targets": ("gate",)})))
     assert set(LORA_TARGETS) == set(PARTS)

@@ -8,11 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from tests.train.test_training import CONFIG, data, replace, run_steps
+from tests.train.test_training import CONFIG, data, drawn, replace, run_steps, start
 from xprompt_jax.config import OptimConfig
 from xprompt_jax.mesh import make_mesh, shard_batch
-from xprompt_jax.model.chameleon import Chameleon
-from xprompt_jax.model.params import flatten
 from xprompt_jax.train.optim import in_bfloat16, make_optimizer, merge, round_stochastic, sides
 from xprompt_jax.train.state import abstract_state, init_state
 from xprompt_jax.train.step import make_train_step
@@ -60,7 +58,7 @@ def train_on_one_batch(config, devices, steps=30):
     """Losses, and the last state."""
     mesh = make_mesh(config.mesh, devices)
     optimizer = make_optimizer(config.optim, steps)
-    state = init_state(config, optimizer, mesh)
+    state = init_state(config, optimizer, mesh, start(mesh))
     step = make_train_step(config, optimizer, jax.tree.map(lambda a: a.sharding, abstract_state(config, optimizer, mesh)))
     losses = []
     with jax.set_mesh(mesh):
@@ -103,8 +101,8 @@ def test_frozen_weights_in_bfloat16_are_what_a_bfloat16_step_reads():
 
 def test_trained_columns_of_a_bfloat16_head_stay_float32():
     config = replace(ONE_BUCKET, optim={"trainable": "image_head", "frozen_dtype": "bfloat16"})
-    optimizer = make_optimizer(OptimConfig(), 4)
-    state = init_state(config, optimizer, make_mesh(config.mesh, jax.devices()[:1]))
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    state = init_state(config, make_optimizer(OptimConfig(), 4), mesh, start(mesh))
     head = merge({"head.image": state.params["head.image"] + 1e-4}, state.frozen)["head"]
     np.testing.assert_array_equal(head[:, 4:36], state.params["head.image"] + 1e-4)
 
@@ -116,13 +114,13 @@ def as_matrices(name, stack):
 
 
 def test_muon_turns_every_layer_s_matrix_alone_and_adam_the_rest():
-    params = flatten(Chameleon(CONFIG.model, jax.random.key(0)))
+    params = drawn()
     keys = jax.random.split(jax.random.key(1), len(params))
     sizes = 10.0 ** np.random.default_rng(0).integers(-3, 3, len(params))
     grads = {n: c * jax.random.normal(key, params[n].shape) for key, c, n in zip(keys, sizes, params, strict=True)}
     plain = OptimConfig(learning_rate=0.5, schedule="constant", warmup_steps=0, weight_decay=0.0, clip_norm=0.0)
     adamw, muon = (make_optimizer(dataclasses.replace(plain, name=name), 10) for name in ("adamw", "muon"))
-    (by_adam, _), (by_muon, _) = (o.update(grads, o.init(params), params) for o in (adamw, muon))
+    by_adam, by_muon = (jax.jit(lambda g, p, o=o: o.update(g, o.init(p), p)[0])(grads, params) for o in (adamw, muon))
     turned = {name for name in params if sides(name)}
     matrices = ("attention.wq", "attention.wk", "attention.wv", "attention.wo", "mlp.gate", "mlp.up", "mlp.down")
     assert turned == {f"blocks.{name}" for name in matrices}
@@ -150,12 +148,8 @@ def test_muon_learns_and_eight_devices_are_one(dtype):
 
 def test_the_average_forgets_the_start_soon():
     config = replace(ONE_BUCKET, optim={"ema_decay": 0.25})
-    want, steps = None, []
-    for count in (1, 2, 3):
-        state, _ = run_steps(config, jax.devices()[:1], steps=count)
-        steps.append(state.params["embed"])
-    start = init_state(config, make_optimizer(config.optim, 3), make_mesh(config.mesh, jax.devices()[:1])).params["embed"]
-    want = start
+    want, steps = drawn()["embed"], []
+    state, _ = run_steps(config, jax.devices()[:1], seen=lambda state: steps.append(jax.device_get(state.params["embed"])))
     for params, decay in zip(steps, (1 / 10, 2 / 11, 0.25), strict=True):
         want = decay * want + (1 - decay) * params
     np.testing.assert_allclose(state.ema["embed"], want, rtol=1e-5, atol=1e-7)

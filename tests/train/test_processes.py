@@ -18,6 +18,8 @@ from xprompt_jax.train.loop import train
 from xprompt_jax.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
+# Without the tests' cache of programs: a kill may tear an entry of it.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"} | {"PYTHONPATH": str(ROOT)}
 
 
 def run_two(workdir, stop=(), store=None):
@@ -25,7 +27,7 @@ def run_two(workdir, stop=(), store=None):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    environment = ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     processes = []
     for i in range(2):
         extra = [str(store)] if store else [str(stop[1])] if stop and stop[0] == i else []
@@ -73,5 +75,5 @@ def test_two_processes_write_the_model_of_one(world_store, tmp_path):
 def test_killed_runs_end_where_others_do():
     """kill -9 at random moments; `python tools/check_kill.py --kills 20` is the long form."""
     command = [sys.executable, "tools/check_kill.py", "--kills", "2", "--steps", "60"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert result.returncode == 0 and "are the same" in result.stdout, result.stdout + result.stderr

@@ -1,6 +1,7 @@
 """Loss, step and loop: exact where they must be exact."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -14,9 +15,9 @@ import pytest
 from tests.helpers import FP32, TINY, random_rows
 from xprompt_jax.config import BucketConfig, Config, DataConfig, MeshConfig, OptimConfig, TrainConfig
 from xprompt_jax.errors import UserError
-from xprompt_jax.mesh import RULES, make_mesh, shard_batch
+from xprompt_jax.mesh import RULES, make_mesh, shard_batch, sharding_for
 from xprompt_jax.model.chameleon import Chameleon
-from xprompt_jax.model.params import flatten
+from xprompt_jax.model.params import flatten, logical_axes
 from xprompt_jax.prompt import Role, stack
 from xprompt_jax.train.loop import train
 from xprompt_jax.train.loss import cross_entropy, gather_answers
@@ -47,16 +48,29 @@ def replace(config=CONFIG, **parts):
     return dataclasses.replace(config, **{n: dataclasses.replace(getattr(config, n), **v) for n, v in parts.items()})
 
 
-def run_steps(config, devices, steps=3):
+@functools.cache
+def drawn():
+    """Weights of `TINY`, drawn once: the program that draws them takes as long to compile as a training step."""
+    return jax.device_get(jax.jit(lambda: flatten(Chameleon(TINY, jax.random.key(0))))())
+
+
+def start(mesh):
+    """`drawn` on a mesh, to be given away."""
+    return {n: jax.device_put(v, sharding_for(mesh, logical_axes(n), v.shape), may_alias=False) for n, v in drawn().items()}
+
+
+def run_steps(config, devices, steps=3, initial=start, seen=lambda state: None):
+    """The last state and all metrics. `seen` gets each state before the next step reuses it; without `initial`, weights are born there."""
     mesh = make_mesh(config.mesh, devices)
     optimizer = make_optimizer(config.optim, config.train.steps)
-    state, abstract = init_state(config, optimizer, mesh), abstract_state(config, optimizer, mesh)
-    step = make_train_step(config, optimizer, jax.tree.map(lambda a: a.sharding, abstract))
+    state = init_state(config, optimizer, mesh, initial(mesh) if initial else None)
+    step = make_train_step(config, optimizer, jax.tree.map(lambda a: a.sharding, abstract_state(config, optimizer, mesh)))
     history = []
     with jax.set_mesh(mesh):
         for i in range(steps):
             state, metrics = step(state, shard_batch(data(i, config), mesh))
             history.append(jax.device_get(metrics))
+            seen(state)
     return jax.device_get(state), history
 
 
@@ -67,7 +81,14 @@ def assert_close(a, b, atol=2e-5):
 
 @pytest.fixture(scope="module")
 def one_device():
-    return run_steps(CONFIG, jax.devices()[:1])
+    return run_steps(CONFIG, jax.devices()[:1], initial=None)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The state and the folder of a run of `CONFIG`; copy the folder to train on in it."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    return train(CONFIG, workdir, data, eval_data=data, progress=False), workdir
 
 
 def test_chunked_loss_is_the_plain_loss():
@@ -84,9 +105,9 @@ def test_chunked_loss_is_the_plain_loss():
         sums = cross_entropy(states, head, labels, weights, chunk=chunk)
         return sums.loss + 0.1 * sums.z
 
-    want, want_grads = jax.value_and_grad(plain, (0, 1))(states, head)
+    want, want_grads = jax.jit(jax.value_and_grad(plain, (0, 1)))(states, head)
     for chunk in (1, 3, 7, 100):
-        got, grads = jax.value_and_grad(chunked, (0, 1))(states, head, chunk)
+        got, grads = jax.jit(jax.value_and_grad(functools.partial(chunked, chunk=chunk), (0, 1)))(states, head)
         np.testing.assert_allclose(got, want, rtol=1e-5)
         assert_close(grads, want_grads)
     sums = cross_entropy(states, head, labels, weights, chunk=3)
@@ -160,7 +181,7 @@ def test_answers_are_predicted_from_the_slot_before():
 
 @pytest.mark.parametrize("mesh", [MeshConfig(2, 4, 1), MeshConfig(1, 2, 4), MeshConfig(8, 1, 1)], ids=str)
 def test_eight_devices_are_one(one_device, mesh):
-    state, history = run_steps(dataclasses.replace(CONFIG, mesh=mesh), None)
+    state, history = run_steps(dataclasses.replace(CONFIG, mesh=mesh), None, initial=None)
     assert_close(history, one_device[1])
     assert_close(state.params, one_device[0].params, atol=2e-3)  # Adam turns rounding of near-zero gradients into steps
 
@@ -203,9 +224,7 @@ def test_frozen_parameters_stay_and_cost_nothing(rule, names):
     assert set(merge(*split_trainable(start, config))) == set(start)
 
 
-def test_loop_resumes_exactly_and_onto_another_mesh(tmp_path):
-    whole = train(CONFIG, tmp_path / "whole", data, eval_data=data, progress=False)
-
+def test_loop_resumes_exactly_and_onto_another_mesh(finished, tmp_path):
     # Stopped by SIGTERM in the middle: saves, returns early, and goes on from there.
     def interrupted(step):
         if step == 2:
@@ -215,7 +234,7 @@ def test_loop_resumes_exactly_and_onto_another_mesh(tmp_path):
     stopped = train(CONFIG, tmp_path / "parts", interrupted, eval_data=data, progress=False)
     assert 1 <= stopped.step < 4
     resumed = train(CONFIG, tmp_path / "parts", data, eval_data=data, progress=False)
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+    for a, b in zip(jax.tree.leaves(finished[0]), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
     lines = read_metrics(tmp_path / "parts")
     assert [m["step"] for m in lines if "loss" in m] == [1, 2, 3, 4]
@@ -228,23 +247,23 @@ def test_loop_resumes_exactly_and_onto_another_mesh(tmp_path):
     assert len(moved.params["embed"].sharding.device_set) == 8
 
 
-@pytest.mark.parametrize("keep", [1, 2])
-def test_a_damaged_checkpoint_is_moved_aside(tmp_path, keep, caplog):
-    config = replace(train={"keep": keep})
-    whole = train(config, tmp_path, data, progress=False)
-    newest = tmp_path / "checkpoints" / "4"
-    for file in newest.rglob("*"):
+@pytest.mark.parametrize("older", [False, True])
+def test_a_damaged_checkpoint_is_moved_aside(finished, tmp_path, older, caplog):
+    whole, workdir = finished
+    checkpoints = shutil.copytree(workdir, tmp_path / "run") / "checkpoints"
+    for file in (checkpoints / "4").rglob("*"):
         if file.is_file() and file.stat().st_size > 1000:
             os.truncate(file, file.stat().st_size // 2)
-    if keep == 1:
+    if not older:
+        shutil.rmtree(checkpoints / "2")
         with pytest.raises(UserError, match=r"none of the checkpoints \[4\] can be read"):
-            train(config, tmp_path, data, progress=False)
+            train(CONFIG, tmp_path / "run", data, progress=False)
         return
-    resumed = train(config, tmp_path, data, progress=False)
+    resumed = train(CONFIG, tmp_path / "run", data, progress=False)
     assert "checkpoint 4 is damaged" in caplog.text
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "4.damaged"]
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["2", "4", "4.damaged"]
 
 
 def test_nothing_but_the_batch_crosses_to_the_device(tmp_path, monkeypatch):
@@ -253,18 +272,9 @@ def test_nothing_but_the_batch_crosses_to_the_device(tmp_path, monkeypatch):
         train(CONFIG, tmp_path, data, progress=False)
 
 
-def test_another_model_is_not_resumed(tmp_path):
-    train(replace(train={"steps": 1}), tmp_path, data, progress=False)
+def test_another_model_is_not_resumed(finished):
     with pytest.raises(UserError, match="other model settings"):
-        train(replace(model={"norm_eps": 1e-6}), tmp_path, data, progress=False)
-
-
-def test_divergence_stops_the_run_and_is_not_saved(tmp_path):
-    config = replace(optim={"learning_rate": 1e30, "warmup_steps": 0}, train={"steps": 6})
-    with pytest.raises(UserError, match=r"step 2: .*its rows: row 1-0, row 1-1\. The run has diverged"):
-        train(config, tmp_path, data, names=lambda step: [f"row {step}-0", f"row {step}-1"], progress=False)
-    assert read_metrics(tmp_path)[0]["step"] == 1
-    assert not list((tmp_path / "checkpoints").glob("[4-9]"))
+        train(replace(model={"norm_eps": 1e-6}), finished[1], data, progress=False)
 
 
 def broken_at(bad, calls=None):
@@ -279,6 +289,13 @@ def broken_at(bad, calls=None):
         return rows
 
     return source
+
+
+def test_divergence_stops_the_run_and_is_not_saved(tmp_path):
+    with pytest.raises(UserError, match=r"step 2: .*its rows: row 1-0, row 1-1\. The run has diverged"):
+        train(CONFIG, tmp_path, broken_at({1}), names=lambda step: [f"row {step}-0", f"row {step}-1"], progress=False)
+    assert read_metrics(tmp_path)[0]["step"] == 1
+    assert not list((tmp_path / "checkpoints").glob("[2-9]"))
 
 
 def test_a_broken_run_goes_back_and_leaves_the_rows_out(tmp_path):
@@ -308,12 +325,12 @@ def test_going_back_ends_somewhere(tmp_path):
 
 
 def test_the_best_checkpoint_stays(tmp_path):
-    config = replace(optim={"learning_rate": 1e-2}, train={"steps": 10, "eval_every": 2, "save_every": 2, "keep": 1, "eval_batches": 1})
+    config = replace(train={"steps": 9, "keep": 1, "eval_batches": 1})
     train(config, tmp_path, data, eval_data=data, progress=False)
     held_out = {m["step"]: m["eval/loss"] for m in read_metrics(tmp_path) if "eval/loss" in m}
     best = min(held_out, key=held_out.get)
     kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
-    assert kept == sorted({best, 10})
+    assert kept == sorted({best, 9})
 
 
 def test_a_profile_of_the_named_steps(tmp_path):
@@ -321,12 +338,11 @@ def test_a_profile_of_the_named_steps(tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
-def test_padding_is_told(tmp_path):
-    train(replace(train={"steps": 1}), tmp_path, data, progress=False)
+def test_padding_is_told(finished):
     shapes, config = shapes_of(CONFIG), CONFIG.data
     rows = [row for i, b in enumerate(config.buckets) for row in random_rows(i, shapes[b.name], b.rows)]
     empty = sum(int((row.roles == Role.PAD).sum()) for row in rows)
-    assert read_metrics(tmp_path)[0]["padding"] == pytest.approx(empty / sum(len(row.roles) for row in rows))
+    assert read_metrics(finished[1])[0]["padding"] == pytest.approx(empty / sum(len(row.roles) for row in rows))
 
 
 def test_rows_must_divide_over_devices():
@@ -334,18 +350,18 @@ def test_rows_must_divide_over_devices():
         run_steps(replace(train={"accumulate": 2}), None)
 
 
-def test_a_torn_line_of_metrics_is_passed_over(tmp_path):
-    train(replace(train={"steps": 1}), tmp_path, data, progress=False)
-    with (tmp_path / "metrics.jsonl").open("a") as f:
+def test_a_torn_line_of_metrics_is_passed_over(finished, tmp_path):
+    workdir = shutil.copytree(finished[1], tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints/4")
+    with (workdir / "metrics.jsonl").open("a") as f:
         f.write('{"step": 1, "lo')
-    train(replace(train={"steps": 2}), tmp_path, data, progress=False)
-    assert [m["step"] for m in read_metrics(tmp_path)] == [1, 2]
+    train(CONFIG, workdir, data, progress=False)
+    assert [m["step"] for m in read_metrics(workdir) if "loss" in m] == [1, 2, 3, 4]
 
 
 def test_no_clipping_is_not_no_training():
     state, _ = run_steps(replace(optim={"clip_norm": 0.0}), jax.devices()[:1], steps=2)
-    fresh, _ = run_steps(replace(optim={"clip_norm": 0.0}), jax.devices()[:1], steps=0)
-    assert np.abs(state.params["norm"] - fresh.params["norm"]).max() > 0
+    assert np.abs(state.params["norm"] - drawn()["norm"]).max() > 0
 
 
 def test_schedule_shapes():
@@ -365,6 +381,5 @@ def test_flops_count_the_real_mask():
     assert flops == pytest.approx(6 * 6.476e9 * shape.length, rel=0.15)
 
 
-def test_config_is_written(tmp_path):
-    train(replace(train={"steps": 1}), tmp_path, data, progress=False)
-    assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 1
+def test_config_is_written(finished):
+    assert json.loads((finished[1] / "config.json").read_text())["train"]["steps"] == 4

@@ -1,19 +1,18 @@
-"""The whole training path in under a minute on a laptop, on a store that `xprompt demo` or its model made (docs/data.md)."""
+"""Trains the model that ships on a few pairs of your own: the whole training path in about a minute on a laptop (docs/training.md).
 
-from xprompt_jax.config import BucketConfig, ComputeConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, VQConfig
+The store is made by `xprompt tokenize --model mini`, so that both share the image and text tokenizers.
+"""
+
+from xprompt_jax.config import BucketConfig, ComputeConfig, Config, DataConfig, OptimConfig, TrainConfig
+from xprompt_jax.convert.formats import MINI, open_source
 
 config = Config(
-    model=ModelConfig(
-        vocab_size=1280, dim=64, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=16, ffn_dim=176, num_xp_tokens=4,
-        vq=VQConfig(
-            channels=16, channel_multipliers=(1, 2, 2), num_res_blocks=1, latent_channels=32, embed_dim=16, num_codes=256, image_size=32
-        ),
-    ),
+    model=open_source(MINI).config,
     compute=ComputeConfig(dtype="float32"),
     data=DataConfig(
-        store="demo/tokens",
+        store="data/tokens",
         buckets=(BucketConfig("in_context", examples=1, context=192, todo=192, answer=67, rows=8),),
     ),
-    optim=OptimConfig(learning_rate=2e-3, warmup_steps=10),
-    train=TrainConfig(steps=30, log_every=5, eval_every=15, save_every=15),
-)  # fmt: skip
+    optim=OptimConfig(learning_rate=5e-4, warmup_steps=10),
+    train=TrainConfig(steps=30, log_every=5, eval_every=15, save_every=15, init_from="mini"),
+)

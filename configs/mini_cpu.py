@@ -1,4 +1,4 @@
-"""The mini for two CPU cores: 64-pixel images as 8 x 8 codes, 2.3 million parameters, under three hours (tools/make_mini.py).
+"""The mini for two CPU cores: 64-pixel images as 8 x 8 codes, 2.3 million parameters, about two hours (tools/make_mini.py).
 
 Memory: weights, gradients and two moments in float32 are 37 MB; 20 rows of some 340 slots add less than 1 GiB.
 """
@@ -37,5 +37,5 @@ config = Config(
     optim=OptimConfig(
         name="muon", learning_rate=3e-3, warmup_steps=100, weight_decay=0.01, final_fraction=0.02, beta2=0.98, ema_decay=0.998
     ),
-    train=TrainConfig(steps=12_000, eval_every=250, eval_batches=8, save_every=250, keep=1, log_every=20),
+    train=TrainConfig(steps=8_000, eval_every=250, eval_batches=8, save_every=250, keep=1, log_every=20),
 )

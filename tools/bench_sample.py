@@ -1,7 +1,7 @@
 """Drawing images beside Hugging Face's `generate`: same weights, same example, same sampling, one after the other on this machine.
 
-    python tools/bench_sample.py                       # the mini's shape, random weights
-    python tools/bench_sample.py --model demo/model    # and a trained model: its parallel decoding pays
+    python tools/bench_sample.py                                 # the mini's shape, random weights
+    python tools/bench_sample.py --model mini --photos PHOTOS    # and a trained model, on photographs: its parallel decoding pays
 
 One example pair, guidance of two rows (without and with the example and its instruction, scale 2), temperature 1, no top-k, image codes
 alone. Float32, every contender in a process of its own, compiled and warm, torch with one thread or all, whichever is faster:
@@ -42,7 +42,8 @@ TOKENS_A_PASS = 2.0  # of parallel decoding, on a trained model
 def main() -> None:
     """Parses the flags; runs the contenders, or (with --one) is one of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="a trained model folder, measured as well")
+    parser.add_argument("--model", help="a trained model, measured as well")
+    parser.add_argument("--photos", type=Path, help="photographs to take noise from with it, in place of scenes to paint the depth of")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
@@ -50,15 +51,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sample.json"))
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(CONTENDERS[args.one[0]](Path(args.one[1]), args.batches, args.repeats)))
+        print(json.dumps(CONTENDERS[args.one[0]](args.one[1], args.photos, args.batches, args.repeats)))
         return
 
     tables = {}
     with tempfile.TemporaryDirectory() as folder:
         save_mini(Path(folder) / "mini")
-        models = {"mini, random weights": Path(folder) / "mini"} | ({TRAINED: args.model} if args.model else {})
+        models = {"mini, random weights": str(Path(folder) / "mini")} | ({TRAINED: args.model} if args.model else {})
         for name, path in models.items():
-            flags = ["--repeats", args.repeats, "--batches", *args.batches]
+            flags = ["--repeats", args.repeats, "--batches", *args.batches, *(["--photos", args.photos] if args.photos else [])]
             tables[name] = {contender: run_alone("--one", contender, path, *flags) for contender in args.contenders}
             check_logits(tables[name])
             print(name, json.dumps(tables[name], indent=1), flush=True)
@@ -68,7 +69,7 @@ def main() -> None:
         "benchmark": "sample",
         "seconds_per_image": tables,
         "beside_the_goals": told,
-        "trained_model": str(args.model) if args.model else "none given; random weights are nearly flat, which flatters parallel decoding",
+        "trained_model": args.model or "none given; random weights are nearly flat, which flatters parallel decoding",
     })  # fmt: skip
 
 
@@ -109,21 +110,27 @@ def save_mini(folder: Path) -> None:
     save_folder(folder, config, reader_of(Chameleon(config, jax.random.key(0)), VQGAN(config.vq, jax.random.key(1))), words)
 
 
-def pictures(size: int, count: int) -> list[np.ndarray]:
-    """An example's input and output, then `count` inputs: scenes in a depth palette, as the demo is trained on."""
-    from xprompt_jax.data.sources import world_pairs
+def pictures(size: int, count: int, photos: Path | None) -> list[np.ndarray]:
+    """An example's input and output, then `count` inputs: photographs with noise, or scenes whose depth is to be painted."""
+    from xprompt_jax.data.pairs import photo_source
+    from xprompt_jax.data.sources import photographs, world_pairs
+    from xprompt_jax.data.tasks import TASKS, make_pairs
 
-    pairs = list(world_pairs(groups=1, pairs_per_group=count + 1, size=size, seed=77, tasks=["depth"], zoom=1.5, plain=True))
+    if photos is None:
+        pairs = list(world_pairs(groups=1, pairs_per_group=count + 1, size=size, seed=77, tasks=["depth"], zoom=1.5, plain=True))
+    else:
+        noise = TASKS["denoise"].sample_parameters(np.random.default_rng(77))
+        pairs = make_pairs("denoise", noise, [photo_source(photo) for photo in photographs(photos, size)[: count + 1]], 77)
     return [pairs[0].input, pairs[0].output, *(pair.input for pair in pairs[1:])]
 
 
-def load(folder: Path, count: int):
+def load(folder: str, photos: Path | None, count: int):
     """The model, the pictures, and their prompts in tokens: with the example, and without it."""
     from xprompt_jax import XPrompt
     from xprompt_jax.config import ComputeConfig
 
     model = XPrompt.from_pretrained(folder, compute=ComputeConfig(dtype="float32"))
-    shown = pictures(model.config.vq.image_size, count)
+    shown = pictures(model.config.vq.image_size, count, photos)
     codes, p, v = model.encode_images(shown), model.prompter, model.tokenizer.vocab
     example = p.example(INSTRUCTION, codes[0], codes[1])
     full = [np.array([v.bos, *example, *p.task(INSTRUCTION, c), v.boi]) for c in codes[2:]]
@@ -141,11 +148,11 @@ def fastest(draw, repeats: int) -> float:
     return min(seconds)
 
 
-def measure_ours(folder: Path, batches: list[int], repeats: int) -> dict:
+def measure_ours(folder: str, photos: Path | None, batches: list[int], repeats: int) -> dict:
     """`XPrompt.generate` from pixels to pixels."""
     from xprompt_jax import Example, Guidance
 
-    model, shown, full, _ = load(folder, max(batches))
+    model, shown, full, _ = load(folder, photos, max(batches))
     pair = [Example(shown[0], shown[1], INSTRUCTION)]
     guidance = Guidance(task=SCALE, text=SCALE)  # the branches "image" and "full": two rows
     task = model.compile(pair)
@@ -188,21 +195,21 @@ def count_passes(model, task, inputs, guidance, decoding: str, window: int = 16)
     return statistics.mean(passes)
 
 
-def measure_eager(folder: Path, batches: list[int], repeats: int) -> dict:
+def measure_eager(folder: str, photos: Path | None, batches: list[int], repeats: int) -> dict:
     """Hugging Face's generate as it comes."""
-    return measure_torch(folder, batches, repeats)
+    return measure_torch(folder, photos, batches, repeats)
 
 
-def measure_compiled(folder: Path, batches: list[int], repeats: int) -> dict:
+def measure_compiled(folder: str, photos: Path | None, batches: list[int], repeats: int) -> dict:
     """With a static cache, and each step compiled."""
     from transformers import CompileConfig
 
     compiling = CompileConfig(mode=None, dynamic=False)
     compiling._compile_all_devices = True  # transformers' own switch for doing on a CPU what it does on a GPU
-    return measure_torch(folder, batches, repeats, cache_implementation="static", compile_config=compiling)
+    return measure_torch(folder, photos, batches, repeats, cache_implementation="static", compile_config=compiling)
 
 
-def measure_torch(folder: Path, batches: list[int], repeats: int, **options) -> dict:
+def measure_torch(folder: str, photos: Path | None, batches: list[int], repeats: int, **options) -> dict:
     """`generate` on prompts in tokens."""
     import torch
     from transformers import LogitsProcessor, LogitsProcessorList
@@ -210,7 +217,7 @@ def measure_torch(folder: Path, batches: list[int], repeats: int, **options) -> 
     from xprompt_jax.convert.formats import open_source
     from xprompt_jax.convert.verify import torch_decoder
 
-    model, _, full, bare = load(folder, max(batches))
+    model, _, full, bare = load(folder, photos, max(batches))
     theirs = torch_decoder(open_source(folder))
     theirs.set_attn_implementation("sdpa")
     v, count = model.tokenizer.vocab, model.config.vq.grid**2

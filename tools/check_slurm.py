@@ -179,7 +179,7 @@ def tiny_config(folder: Path) -> Path:
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, store=str(folder / "tokens")),
-        train=dataclasses.replace(config.train, steps=STEPS, log_every=1, eval_every=0, save_every=1000),
+        train=dataclasses.replace(config.train, init_from=None, steps=STEPS, log_every=1, eval_every=0, save_every=1000),
     )
     records = list(world_pairs(groups=8, pairs_per_group=4, size=config.model.vq.image_size, seed=0, eval_fraction=0.0))
     texts = [text for r in records for text in (r.instruction, r.reverse_instruction, r.description, r.reverse_description)]

@@ -26,7 +26,7 @@ import tyro
 from xprompt_jax.commands.train import load_config
 from xprompt_jax.config import Config
 from xprompt_jax.convert.native import load_tokenizers, save_tokenizers
-from xprompt_jax.data.images import open_image, resize_center_crop
+from xprompt_jax.data.free import free_photographs
 from xprompt_jax.data.levels import training_pairs
 from xprompt_jax.data.pipeline import GENERIC_INSTRUCTIONS
 from xprompt_jax.data.sources import Record
@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", type=Path, default=Path("configs/mini_cpu.py"))
     parser.add_argument("--out", type=Path, default=Path("runs/mini_cpu"))
-    parser.add_argument("--groups", type=int, default=12_000, help="draws of a sub-task's parameters")
+    parser.add_argument("--groups", type=int, default=7000, help="draws of a sub-task's parameters")
     parser.add_argument("--pairs-per-group", type=int, default=4)
     parser.add_argument("--vq-steps", type=int, default=1600)
     parser.add_argument("--vq-batch", type=int, default=16)
@@ -127,22 +127,6 @@ def know_colours(decoder: Chameleon, codebook: np.ndarray, seed: int) -> Chamele
     params["embed"] = params["embed"].at[rows].set(project(keys[0], params["embed"][rows]))
     params["head"] = params["head"].at[:, rows].set(project(keys[1], params["head"][:, rows].T).T)
     return unflatten(decoder, params)
-
-
-def free_photographs(size: int, count: int = 600, seed: int = 0) -> list[np.ndarray]:
-    """Random crops, mirrored at random, of the public-domain and CC0 photographs inside scikit-image's wheel."""
-    from skimage import data
-
-    rng = np.random.default_rng(seed)
-    whole = [load()[..., :3] for load in (data.astronaut, data.chelsea, data.coffee, data.rocket, data.hubble_deep_field, data.retina)]
-    crops = []
-    for i in range(count):
-        image = whole[i % len(whole)]
-        side = int(rng.integers(size, min(image.shape[:2]) + 1))
-        top, left = (int(rng.integers(0, n - side + 1)) for n in image.shape[:2])
-        part = image[top : top + side, left : left + side]
-        crops.append(resize_center_crop(open_image(np.ascontiguousarray(part[:, ::-1] if rng.random() < 0.5 else part)), size))
-    return crops
 
 
 def texts(records: list[Record]):

@@ -1,6 +1,6 @@
 """Draws through the page of `xprompt serve` in headless Chromium, as a person would, and takes a picture of it.
 
-    python tools/screenshot_serve.py --model demo/model --out docs/images/serve.png
+    python tools/screenshot_serve.py --model mini --out docs/images/serve.png
 
 The pair and the inputs are rendered scenes that training has not seen. Chromium is driven over its debugging pipe, without a library.
 """

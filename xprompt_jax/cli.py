@@ -60,7 +60,9 @@ def parse(arguments: Sequence[str]) -> Any:
       UserError: there is no such command, or the configuration that `train` or `inspect` starts from cannot be read.
       SystemExit: help was asked for, or the flags cannot be read; tyro has printed why.
     """
-    name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    name, rest = (arguments[0], list(arguments[1:])) if arguments else ("--help", [])
+    if name == "eval" and rest[:1] == ["--compare"]:
+        rest[0] = "compare"
     if name not in COMMANDS and not name.startswith("-"):
         near = difflib.get_close_matches(name, COMMANDS, 1)
         cure = f"did you mean {near[0]}?" if near else f"commands are {', '.join(COMMANDS)}"

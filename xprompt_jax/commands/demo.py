@@ -11,32 +11,45 @@ from xprompt_jax.errors import UserError
 
 @dataclass
 class Demo:
-    """Train a small X-Prompt model from nothing and draw with it: a few minutes, no downloads, no GPU.
+    """Show the model that ships with the package examples of tasks it was never trained on: under a minute, no downloads, no GPU.
 
-    Opens nothing and uploads nothing; the result is WORKDIR/index.html, WORKDIR/demo.png and a model in WORKDIR/model.
+    Opens nothing and uploads nothing; the result is WORKDIR/index.html, WORKDIR/demo.png and compiled prompts in WORKDIR/prompts. With
+    --train, a smaller model is trained from nothing instead, in some minutes, and kept in WORKDIR/model.
 
-    Example: xprompt demo --photos ~/Pictures
+    Examples:
+      xprompt demo
+      xprompt sample --model mini --task demo/prompts/outlines.xprompt --inputs demo/inputs --out drawn
+      xprompt demo --train --photos ~/Pictures
     """
 
     workdir: Path = Path("demo")
     """Folder for everything the demo makes."""
     photos: Path | None = None
-    """A folder of photographs to train on as well; without it, the free ones inside scikit-image are used."""
+    """A folder of photographs to use beside rendered scenes; for --train, the free ones inside scikit-image where there is none."""
     seed: int = 0
-    """Another seed makes other scenes, another training and other images."""
+    """Another seed makes other scenes and other images."""
+    train: bool = False
+    """Train a model from nothing: photographs and scenes, tokenizers, tokens, training on a mesh, drawing."""
     quick: bool = False
-    """A run of about a minute that shows that everything works, not how well."""
+    """With --train: a run of about a minute that shows that everything works, not how well."""
     devices: int = 2
-    """Virtual devices to split a CPU into, so that training runs on a real mesh."""
+    """With --train: virtual devices to split a CPU into, so that training runs on a real mesh."""
 
     def run(self) -> None:
         """Runs the demo."""
         if self.devices < 1:
             raise UserError("--devices must be at least 1")
-        flags = os.environ.get("XLA_FLAGS", "")
-        if "device_count" not in flags:
-            os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={self.devices}"
-        from xprompt_jax.demo import run_demo
+        if self.quick and not self.train:
+            raise UserError("--quick belongs to --train; without it the demo is quick")
+        if not self.train:
+            from xprompt_jax.demo.shipped import run_demo
 
-        page = run_demo(self.workdir, quick=self.quick, photos=self.photos, seed=self.seed)
+            page = run_demo(self.workdir, photos=self.photos, seed=self.seed)
+        else:
+            flags = os.environ.get("XLA_FLAGS", "")
+            if "device_count" not in flags:
+                os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={self.devices}"
+            from xprompt_jax.demo.training import train_demo
+
+            page = train_demo(self.workdir, quick=self.quick, photos=self.photos, seed=self.seed)
         print(f"open {page}")

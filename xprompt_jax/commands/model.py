@@ -83,8 +83,8 @@ class Compile:
     The pairs are given, or retrieved: those of an index whose instructions are nearest to --instruction.
 
     Examples:
-      xprompt compile --model demo/model --inputs before.png --outputs after.png --instruction "remove the rain" --out derain.xprompt
-      xprompt compile --model demo/model --index edits.index --instruction "make it night" --out night.xprompt
+      xprompt compile --model mini --inputs before.png --outputs after.png --instruction "remove the rain" --out derain.xprompt
+      xprompt compile --model mini --index edits.index --instruction "make it night" --out night.xprompt
     """
 
     model: str

@@ -17,9 +17,9 @@ class Sample(PrecisionFlags, SamplingFlags):
     could not be used) and contact.png. A run goes on after a bad input, and started again it draws only what is missing.
 
     Examples:
-      xprompt sample --model demo/model --task derain.xprompt --inputs rainy/ --out drawn/
-      xprompt sample --model demo/model --example before.png after.png --instruction "remove the rain" --inputs a.png b.png --out drawn/
-      xprompt sample --model demo/model --texts "a red sphere on a grey floor" --out drawn/
+      xprompt sample --model mini --task derain.xprompt --inputs rainy/ --out drawn/
+      xprompt sample --model mini --example before.png after.png --instruction "remove the rain" --inputs a.png b.png --out drawn/
+      xprompt sample --model mini --texts "a red sphere on a grey floor" --out drawn/
     """
 
     model: str
@@ -57,8 +57,10 @@ class Sample(PrecisionFlags, SamplingFlags):
             raise UserError("--num-images must be at least 1")
         sampling = self.sampling()
         from xprompt_jax import XPrompt
+        from xprompt_jax.sample.arguments import seed_of
         from xprompt_jax.sample.batch import Request, Task, draw_folder, find_requests
 
+        seed_of(self.seed, "--seed")
         requests = find_requests(self.inputs, self.out)  # mistakes are named before the model is loaded
         requests += [Request(f"{i:04d}", None, instruction=text) for i, text in enumerate(self.texts)]
         if self.inputs and self.task is None and not self.example and any(r.task is None for r in requests):
@@ -81,7 +83,7 @@ class Sample(PrecisionFlags, SamplingFlags):
 class Describe:
     """Say in words what changes from one image to another.
 
-    Example: xprompt describe --model demo/model --input before.png --output after.png
+    Example: xprompt describe --model mini --input before.png --output after.png
     """
 
     model: str
@@ -99,7 +101,9 @@ class Describe:
         """Prints the description."""
         from xprompt_jax import Example, XPrompt
         from xprompt_jax.data.images import open_image
+        from xprompt_jax.sample.arguments import seed_of
 
+        seed_of(self.seed, "--seed")
         pair = Example(open_image(self.input), open_image(self.output))
         model = XPrompt.from_pretrained(self.model)
         print(model.describe([pair], seed=self.seed, temperature=self.temperature))

@@ -19,8 +19,8 @@ class Serve(PrecisionFlags):
     Whoever reaches the address may draw, without a password, so it listens on this machine alone unless --host says otherwise.
 
     Examples:
-      xprompt serve --model demo/model
-      xprompt serve --model demo/model --tasks prompts/ --port 8000
+      xprompt serve --model mini
+      xprompt serve --model mini --tasks prompts/ --port 8000
     """
 
     model: str

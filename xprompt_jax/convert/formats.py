@@ -13,6 +13,9 @@ from xprompt_jax.convert.native import NativeSource
 from xprompt_jax.convert.weights import Source
 from xprompt_jax.errors import UserError
 
+MINI = Path(__file__).parent.parent / "mini"
+"""The model that ships with the package; `from_pretrained("mini")` where there is no folder of that name."""
+
 Format = Literal["xprompt", "huggingface", "meta"]
 
 # Weights as safetensors or Orbax, and small files. Never a pickle from the hub.
@@ -27,7 +30,8 @@ def open_source(
     """Finds out what a model is, from its files.
 
     Args:
-      name: a folder, or org/name on the Hugging Face hub (its cache is used where there is no network).
+      name: a folder, "mini" for the model that ships with the package, or org/name on the Hugging Face hub (its cache is used where there
+        is no network).
       num_xp_tokens: S, for models that have no XP embeddings.
       vqgan: Meta's vqgan.ckpt, or a .safetensors with the same names, in place of the model's own.
       tokenizer: a text_tokenizer.json in place of the model's own.
@@ -86,10 +90,14 @@ def _locate(name: str | Path) -> Path:
     path = Path(name)
     if path.is_dir():
         return path
+    if str(name) == "mini":
+        return MINI
     if path.exists():
         raise UserError(f"{path}: a file; give the folder it lies in")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith("."):
-        raise UserError(f"{name}: no such model folder")
+        raise UserError(
+            f"{name}: no such model folder; give a folder, org/name on the hub, or mini for the model that ships with the package"
+        )
     import huggingface_hub
     from huggingface_hub import errors
 

@@ -1,4 +1,4 @@
-"""`xprompt demo`: the whole way in a few minutes on a laptop, from pictures to a model that follows an example.
+"""`xprompt demo --train`: the whole way in a few minutes on a laptop, from pictures to a model that follows an example.
 
 Photographs and rendered scenes -> a VQGAN and a BPE tokenizer of their own -> tokens -> a small X-Prompt model trained on
 a device mesh -> compiled prompts -> new images, on one page and in one picture. Every step is the code that the 7B uses;
@@ -7,10 +7,8 @@ only the sizes differ. What is shown was held out: scenes, photographs and task 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import resource
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +17,11 @@ import jax
 import numpy as np
 
 from xprompt_jax.config import BucketConfig, ComputeConfig, Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig, VQConfig
-from xprompt_jax.data.images import open_image, resize_center_crop
+from xprompt_jax.data.free import free_photographs
 from xprompt_jax.data.pipeline import GENERIC_INSTRUCTIONS
 from xprompt_jax.data.sources import Record, photographs, world_pairs
 from xprompt_jax.data.tokenise import tokenize
+from xprompt_jax.demo.clock import Clock
 from xprompt_jax.errors import UserError
 from xprompt_jax.evaluate.metrics import psnr_rgb
 from xprompt_jax.evaluate.pairs import ARMS, make_episodes, run_pairs
@@ -37,6 +36,7 @@ from xprompt_jax.train.vqgan import train_vqgan
 log = logging.getLogger(__name__)
 
 SIZE = 32
+PHOTOGRAPHS = 200
 VQ = VQConfig(
     channels=16, channel_multipliers=(1, 2, 2), num_res_blocks=1, latent_channels=32, embed_dim=16, num_codes=256, image_size=SIZE
 )  # fmt: skip
@@ -63,7 +63,7 @@ FULL = Scale(groups=4000, vq_steps=1200, steps=2400, shown=2, scored=48)
 QUICK = Scale(groups=80, vq_steps=60, steps=20, shown=1, scored=8)
 
 
-def run_demo(workdir: Path, *, quick: bool = False, photos: Path | None = None, seed: int = 0) -> Path:
+def train_demo(workdir: Path, *, quick: bool = False, photos: Path | None = None, seed: int = 0) -> Path:
     """Runs the demo.
 
     Args:
@@ -78,10 +78,10 @@ def run_demo(workdir: Path, *, quick: bool = False, photos: Path | None = None, 
     Raises:
       UserError: no photographs, or the folder cannot be written.
     """
-    scale, clock = QUICK if quick else FULL, _Clock()
+    scale, clock = QUICK if quick else FULL, Clock()
     logging.getLogger("xprompt_jax.train.loop").setLevel(logging.WARNING)  # its table of parameters is for operators
     with clock("photographs and scenes"):
-        pictures = photographs(photos, SIZE) if photos else _free_photographs()
+        pictures = photographs(photos, SIZE) if photos else free_photographs(SIZE, PHOTOGRAPHS, seed)
         records = list(world_pairs(
             groups=scale.groups, pairs_per_group=4, size=SIZE, seed=seed, photos=pictures, photo_fraction=0.3,
             tasks=TASKS, eval_fraction=0.1, zoom=1.5, plain=True,  # what 64 tokens can show
@@ -124,23 +124,6 @@ def _config(workdir: Path, scale: Scale, seed: int) -> Config:
     )  # fmt: skip
 
 
-def _free_photographs() -> list[np.ndarray]:
-    """32 px crops of the public-domain and CC0 photographs inside scikit-image's wheel; nothing is downloaded."""
-    try:
-        from skimage import data
-    except ImportError:
-        raise UserError("the demo's photographs come with scikit-image: pip install 'xprompt-jax[demo]', or give --photos DIR") from None
-    crops = []
-    for load in (data.astronaut, data.chelsea, data.coffee, data.rocket, data.hubble_deep_field):
-        whole = load()[..., :3]
-        step = min(whole.shape[:2]) // 4
-        for size in (step * 2, step):  # large and small crops of the same photograph
-            for top in range(0, whole.shape[0] - size + 1, size):
-                for left in range(0, whole.shape[1] - size + 1, size):
-                    crops.append(resize_center_crop(open_image(np.ascontiguousarray(whole[top : top + size, left : left + size])), SIZE))
-    return crops
-
-
 def _texts(records: Sequence[Record]) -> Iterator[str]:
     yield from GENERIC_INSTRUCTIONS
     yield DESCRIBE_QUESTION
@@ -176,7 +159,7 @@ def _show(model: XPrompt, records: Sequence[Record], scale: Scale, seed: int) ->
 
 
 def _write(
-    workdir: Path, rows: Sequence[ReportRow], scores: Mapping[str, float], queries: int, clock: _Clock, quick: bool
+    workdir: Path, rows: Sequence[ReportRow], scores: Mapping[str, float], queries: int, clock: Clock, quick: bool
 ) -> Path:  # fmt: skip
     history = read_metrics(workdir / "run")
     trained, held_out = [m for m in history if "loss" in m], [m for m in history if "eval/loss" in m]
@@ -198,7 +181,7 @@ def _write(
             ("the input, unchanged (control)", f"{scores['copied']:.2f}"),
             ("the target through the image tokenizer (ceiling)", f"{scores['ceiling']:.2f}"),
         )),
-        Table("Seconds", ("stage", "s"), tuple((name, f"{seconds:.1f}") for name, seconds in clock.stages)),
+        clock.table(),
     ]  # fmt: skip
     lead = (
         "A small X-Prompt model, trained from nothing on this machine. Each row shows one example pair, which is compiled into "
@@ -215,20 +198,3 @@ def _write(
         scores["drawn"], scores["wrong"], scores["copied"], scores["ceiling"],
     )  # fmt: skip
     return page
-
-
-class _Clock:
-    """Says what is going on, and how long each stage took."""
-
-    def __init__(self):
-        self.stages: list[tuple[str, float]] = []
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        log.info("— %s", name)
-        start = time.perf_counter()
-        yield
-        self.stages.append((name, time.perf_counter() - start))
-
-    def total(self) -> float:
-        return sum(seconds for _, seconds in self.stages)

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 
 from xprompt_jax.config import Config, ModelConfig, OptimConfig
 from xprompt_jax.errors import UserError
@@ -87,6 +86,8 @@ class MetricWriter:
             return
         self._path = workdir / "metrics.jsonl"
         self._keep(resume_step)
+        import tensorboardX  # takes more than a second where torch is installed
+
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
         if wandb_project:
             try:

@@ -3,8 +3,8 @@
     python tools/bench_in_context.py --models xp=runs/mini_cpu/run/model causal=... full=... --photos PHOTOS
     python tools/bench_in_context.py --tables       # the tables again, from the episodes that are there
 
-Each model is asked pairs of the three levels of `xprompt_jax/data/levels.py`, drawn free-running and greedily, under named words ("remove
-the rain") and under generic ones ("do the same to this image"), which leave the task to the example. Arms:
+Each model is asked pairs of the three levels of `xprompt_jax/data/levels.py`, drawn free-running and, unless flags say otherwise, greedily,
+under named words ("remove the rain") and under generic ones ("do the same to this image"), which leave the task to the example. Arms:
 
     copied      the query left as it is
     none        the model's own drawing without an example
@@ -62,6 +62,8 @@ def main() -> None:
         "--queries", type=int, default=7, help="queries of a group; 10 groups x 7 queries x 3 seeds are 210 episodes a task"
     )
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--guidance", type=float, help="scale on the example; without it there is none")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 draws greedily")
     parser.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS)
     parser.add_argument("--tasks", nargs="+", help="these alone")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/in_context"))
@@ -75,6 +77,7 @@ def main() -> None:
         model = XPrompt.from_pretrained(folder)
         photos = photographs(args.photos, model.config.vq.image_size) if args.photos else []
         settings = {"fingerprint": model.fingerprint, "groups": args.groups, "queries": args.queries, "photos": len(photos)}
+        settings |= {"guidance": args.guidance, "temperature": args.temperature}
         file, known = place / f"{name}.csv.gz", told["models"].get(name, {})
         rows = read(file) if file.exists() and settings.items() <= known.items() else []
         done = {(row["level"], int(row["seed"])) for row in rows}
@@ -112,8 +115,9 @@ def ask(
         said = [dataclasses.replace(r, instruction=generic(r.group)) if words == "generic" else r for r in records]
         episodes = make_episodes(said, examples=1, seed=seed)
         mode = "causal" if name.startswith("causal") else "xprompt"
+        law = {"guidance": args.guidance} | ({"temperature": args.temperature} if args.temperature else {"top_k": 1, "temperature": 1.0})
         count: dict[str, int] = defaultdict(int)
-        for o in run_pairs(model, episodes, no_example=True, mode=mode, seed=seed, top_k=1, temperature=1.0):
+        for o in run_pairs(model, episodes, no_example=True, mode=mode, seed=seed, **law):
             query = o.episode.query
             row: dict[str, str | float] = dict(zip(KEYS, (level, words, seed, query.task, query.group, count[query.group]), strict=True))
             count[query.group] += 1

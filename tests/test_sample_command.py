@@ -19,6 +19,7 @@ from xprompt_jax import Example, XPrompt
 from xprompt_jax.cli import main
 from xprompt_jax.data.images import save_png
 from xprompt_jax.model.chameleon import Chameleon
+from xprompt_jax.sample.draw import MAX_BATCH
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +147,16 @@ def test_bad_inputs_are_left_out_and_told(capsys, caplog, model, task, photos, t
     (folder / "d.png").unlink()
     assert "1 image(s) drawn, 2 kept" in sample(capsys, *flags[1:6], folder, "--out", tmp_path / "o")
     assert not (tmp_path / "o/errors.jsonl").exists()
+
+
+def test_a_batch_without_a_good_image_is_passed_over(model, task, photos, tmp_path):
+    folder = tmp_path / "in"
+    save_png(pixels(photos / "0.png"), folder / "z.png")
+    for i in range(MAX_BATCH):
+        (folder / f"a{i:02}.png").write_bytes((folder / "z.png").read_bytes()[:60])
+    with pytest.raises(SystemExit):
+        main(["sample", "--model", str(model), "--task", str(task), "--inputs", str(folder), "--out", str(tmp_path / "o")])
+    assert (tmp_path / "o/z.png").exists() and len(lines(tmp_path / "o/errors.jsonl")) == MAX_BATCH
 
 
 def test_manifest(capsys, loaded, model, task, photos, tmp_path):

@@ -22,7 +22,8 @@ import PIL.ImageFont
 from xprompt_jax.files import atomic_path
 
 _COLOURS = ("#3565c4", "#c4663a", "#3b8f6b", "#8657b5")
-_WIDTH, _SHOWN = 780, 128  # pixels on the page: of the images of a row together, and of one at most
+_WIDTH = 780  # pixels that the images of a row may take together on the page
+_LEAST, _SHOWN = 104, 128  # of one image's side: a row is made narrower to fit on a line, or else broken
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ def write_report(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("xprompt_jax.evaluate", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    most = max((len(row.images) for row in rows), default=1)
-    shown = min(_SHOWN, max(_WIDTH // most, 64))
+    fits = _WIDTH // max((len(row.images) for row in rows), default=1)
+    shown = min(fits, _SHOWN) if fits >= _LEAST else _SHOWN
     page = environment.get_template("report.html.jinja").render(
         title=title, lead=lead, heading=heading, facts=facts, rows=rows, tables=tables, plot=_plot(curves), picture=_data_uri, shown=shown
     )

@@ -1,6 +1,6 @@
 """What int8 weights and an int8 cache cost in quality, and save in bytes, beside float32 and bfloat16.
 
-    python tools/bench_quantize.py --model mini --store demo/tokens
+    python tools/bench_quantize.py --model DIR --store DIR        # a model and a token store that it can read
 
 Each precision compiles examples and reads held-out queries and their true output images through the cache, as drawing does. Told are, for
 the laws of the image codes over all codes:

@@ -147,8 +147,8 @@ def main() -> None:
     from xprompt_jax.data.sources import world_pairs
 
     with tempfile.TemporaryDirectory() as folder, serving("--model", args.model) as url, Browser(dark=args.dark) as browser:
-        # As the demo renders its scenes, at the same size.
-        pairs = list(world_pairs(groups=1, pairs_per_group=4, size=32, seed=args.seed, tasks=[args.task], zoom=1.5, plain=True))
+        # As the mini's scenes were rendered, at the same size.
+        pairs = list(world_pairs(groups=1, pairs_per_group=4, size=64, seed=args.seed, tasks=[args.task], zoom=1.4, plain=True))
         for i, pair in enumerate(pairs):
             save_png(pair.input, Path(folder) / f"{i}.png")
             save_png(pair.output, Path(folder) / f"{i}-after.png")
@@ -156,7 +156,7 @@ def main() -> None:
         browser.choose("#before input", Path(folder) / "0.png")
         browser.choose("#after input", Path(folder) / "0-after.png")
         browser.choose("#inputs input", *(Path(folder) / f"{i}.png" for i in range(1, len(pairs))))
-        values = {"instruction": pairs[0].instruction, "num_images": "2", "temperature": "0.7", "top_k": "16"}
+        values = {"instruction": pairs[0].instruction, "num_images": "2", "temperature": "0.5", "guidance": "2"}
         for name, value in values.items():
             browser.evaluate(f"document.getElementById('form').elements[{json.dumps(name)}].value = {json.dumps(value)}")
         browser.evaluate("document.getElementById('draw').click()")

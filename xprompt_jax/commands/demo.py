@@ -18,7 +18,7 @@ class Demo:
 
     Examples:
       xprompt demo
-      xprompt sample --model mini --task demo/prompts/outlines.xprompt --inputs demo/inputs --out drawn
+      xprompt sample --model mini --task demo/prompts/sepia.xprompt --inputs demo/inputs --out drawn
       xprompt demo --train --photos ~/Pictures
     """
 

@@ -1,6 +1,7 @@
 """The model that ships with the package, and the demo that shows it."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,3 +66,10 @@ def test_the_mini_is_small_and_has_its_card():
 def test_quick_belongs_to_training(tmp_path):
     with pytest.raises(UserError, match="--quick belongs to --train"):
         Demo(workdir=tmp_path, quick=True).run()
+
+
+@pytest.mark.parametrize("flags, message", [({"seed": -1}, "--seed -1 must be"), ({"workdir": __file__}, "a file; give a folder")])
+def test_mistakes_are_told_before_anything_is_drawn(tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        Demo(**{"workdir": tmp_path, **{k: Path(v) if k == "workdir" else v for k, v in flags.items()}}).run()
+    assert not list(tmp_path.iterdir())

@@ -41,6 +41,11 @@ class Demo:
             raise UserError("--devices must be at least 1")
         if self.quick and not self.train:
             raise UserError("--quick belongs to --train; without it the demo is quick")
+        from xprompt_jax.sample.arguments import seed_of
+
+        seed_of(self.seed, "--seed")
+        if self.workdir.exists() and not self.workdir.is_dir():
+            raise UserError(f"--workdir {self.workdir}: a file; give a folder")
         if not self.train:
             from xprompt_jax.demo.shipped import run_demo
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 
 from xprompt_jax.convert.formats import MINI
+from xprompt_jax.data.images import save_png
 from xprompt_jax.data.levels import Level, held_pairs
 from xprompt_jax.data.pipeline import GENERIC_INSTRUCTIONS
 from xprompt_jax.data.sources import photographs
@@ -38,11 +38,16 @@ SHOWN: Mapping[str, Level] = {
     "sepia": "parameters", "tone_curve": "parameters", "depth_ramp": "parameters", "normals": "parameters", "foreground": "parameters",
     "denoise": "parameters", "derain": "tasks", "low_light": "tasks",
 }  # fmt: skip
-"""Tasks and how new they are (`data/levels.py`): unseen parameters of a trained sub-task, or a sub-task that was held out whole."""
+"""Tasks, of those that the model does well, and how new they are (`data/levels.py`); docs/in_context.md tells of all."""
+NEWNESS: Mapping[Level, str] = {
+    "parameters": "a trained kind of task with parameters that training never drew",
+    "combinations": "parts that were trained, never together",
+    "tasks": "a kind of task that training never showed",
+}
 QUERIES = 2
 WORDS = GENERIC_INSTRUCTIONS[0]
 SAMPLING: Mapping[str, Any] = {"guidance": 2.0, "temperature": 0.5}
-"""Small models doubt: a narrow law, and twice what the example says."""
+"""Greedy drawing sometimes falls into flat colour; a narrow law and twice what the example says keep objects."""
 ARMS = {
     "drawn": "generated", "wrong": "from a wrong example", NO_EXAMPLE: "without an example", "copied": "input, unchanged",
     "ceiling": "tokenizer's ceiling",
@@ -86,13 +91,14 @@ def run_demo(
         outcomes = list(run_pairs(model, episodes, no_example=True, seed=seed, **SAMPLING))
     with clock("the same from files, timed"):
         figures = _timed(model, outcomes, workdir, seed)
+        _keep(outcomes, workdir)
     return _write(workdir, model, outcomes, figures, clock, tasks)
 
 
 def _timed(model: XPrompt, outcomes: Sequence[Outcome], workdir: Path, seed: int) -> dict[str, float]:
     """Compiles the first query's example of each task into a file and draws from it; medians of seconds, programs being warm."""
     seconds: dict[str, list[float]] = {"compile": [], "image": []}
-    bytes_ = 0
+    size = 0
     for task, of_task in _by_task(outcomes).items():
         pair = Example(*of_task[0].example, WORDS)
         path = workdir / "prompts" / f"{task}.xprompt"
@@ -101,20 +107,23 @@ def _timed(model: XPrompt, outcomes: Sequence[Outcome], workdir: Path, seed: int
         compiled = model.compile([pair])
         seconds["compile"].append(time.perf_counter() - start)
         compiled.save(path)
-        bytes_ = path.stat().st_size
+        size = path.stat().st_size
         prompt = CompiledPrompt.load(path)
         if not seconds["image"]:
             model.generate(prompt, [of_task[0].episode.query.input], seed=seed, **SAMPLING)
         start = time.perf_counter()
         model.generate(prompt, [of_task[0].episode.query.input], seed=seed, **SAMPLING)
         seconds["image"].append(time.perf_counter() - start)
-        for folder, name, image in (
-            ("examples", f"{task}_input", pair.input), ("examples", f"{task}_output", pair.output),
-            *(("inputs", f"{task}_{i}", o.images["copied"]) for i, o in enumerate(of_task)),
-        ):  # fmt: skip
-            (workdir / folder).mkdir(exist_ok=True)
-            PIL.Image.fromarray(image).save(workdir / folder / f"{name}.png")
-    return {name: float(np.median(values)) for name, values in seconds.items()} | {"bytes": bytes_}
+    return {name: float(np.median(values)) for name, values in seconds.items()} | {"bytes": size}
+
+
+def _keep(outcomes: Sequence[Outcome], workdir: Path) -> None:
+    """Writes examples and inputs as files, for whoever wants to go on with them."""
+    for task, of_task in _by_task(outcomes).items():
+        for side, image in zip(("input", "output"), of_task[0].example, strict=True):
+            save_png(image, workdir / "examples" / f"{task}_{side}.png")
+        for i, o in enumerate(of_task):
+            save_png(o.images["copied"], workdir / "inputs" / f"{task}_{i}.png")
 
 
 def _by_task(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
@@ -135,13 +144,6 @@ def _rows(outcomes: Sequence[Outcome], tasks: Mapping[str, Level]) -> Iterator[R
         scores = tuple((name, f"{psnr_rgb(o.images[arm], o.target):.1f}") for arm, name in ARMS.items())
         scores = ((f"PSNR-RGB in dB: {scores[0][0]}", scores[0][1]), *scores[1:])
         yield ReportRow(task.replace("_", " "), f'"{WORDS}" · {NEWNESS[tasks[task]]}', pictures, scores)
-
-
-NEWNESS: Mapping[Level, str] = {
-    "parameters": "a trained kind of task with parameters that training never drew",
-    "combinations": "parts that were trained, never together",
-    "tasks": "a kind of task that training never showed",
-}
 
 
 def _write(
@@ -174,7 +176,7 @@ def _write(
         "Each row shows one example pair to the small model inside the package. The example becomes "
         f"{model.config.num_xp_tokens} XP tokens, and the mask hides the example itself; the model then does the same to an image it has "
         "never seen. The words never say what to do. Beside the drawing stands what would have been drawn from another task's example, and "
-        "from none."
+        "from none. The tasks shown are among those that it does well; docs/in_context.md tells of all of them."
     )
     rows = list(_rows(outcomes, tasks))
     first = [rows[outcomes.index(of_task[0])] for of_task in by_task.values()]

@@ -13,6 +13,9 @@ under named words ("remove the rain") and under generic ones ("do the same to th
     ceiling     the target through the image tokenizer: what no model can pass
     full        `drawn` of the model of that name, which was trained on everything
 
+Models are compared with each other, episode by episode, where their names end in the same number, such as the steps that each was
+trained for: xp2400, causal2400, full2400 (and names without a number among themselves).
+
 The same command goes on where it was stopped. Writes benchmarks/in_context/: episodes/MODEL.csv.gz (a line for each episode, PSNR-RGB in
 dB over all pixels and over those that the task changes), results.json (machine, versions, commands, tables) and tables.md. Intervals are
 95 %, paired bootstrap over groups: the queries of a group share their example.
@@ -27,11 +30,12 @@ import gzip
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -140,19 +144,29 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def summary(episodes: Mapping[str, Sequence[Row]]) -> list[dict]:
     """A row for each model, kind of words, level and measure: means over tasks, and paired differences with their intervals."""
-    full = {tuple(row[key] for key in KEYS): row for row in episodes.get("full", ())}
     found = []
     for name, rows in episodes.items():
+        others = {other: keyed(of_other) for other, of_other in episodes.items() if other != name and family(other) == family(name)}
         for words in WORDS:
             for level in LEVELS:
                 mine = [row for row in rows if row["words"] == words and row["level"] == level]
                 for measure in MEASURES if mine else ():
-                    found.append({"model": name, "words": words, "level": level, "measure": measure, **scored(mine, measure, full)})
+                    found.append({"model": name, "words": words, "level": level, "measure": measure, **scored(mine, measure, others)})
     return found
 
 
-def scored(rows: Sequence[Row], measure: str, full: Mapping[tuple, Row]) -> dict:
-    """Means of all arms, differences against the controls, and tasks in which the right example helps."""
+def family(name: str) -> str:
+    """The number at the end of a name: models that share it are compared."""
+    return re.search(r"\d*$", name)[0]
+
+
+def keyed(rows: Sequence[Row]) -> dict[tuple, Row]:
+    """Episodes by what they ask."""
+    return {tuple(row[key] for key in KEYS): row for row in rows}
+
+
+def scored(rows: Sequence[Row], measure: str, others: Mapping[str, Mapping[tuple, Row]]) -> dict:
+    """Means of all arms, differences against the controls and against what other models drew in the same episodes, and each task alone."""
     value = lambda row, arm: min(float(row[f"{arm}/{measure}"]), 60.0)  # an exact copy is infinitely good
     usable = [row for row in rows if row[f"copied/{measure}"] != "nan"]
     table = {arm: float(np.mean([value(row, arm) for row in usable])) for arm in ARMS}
@@ -161,17 +175,27 @@ def scored(rows: Sequence[Row], measure: str, full: Mapping[tuple, Row]) -> dict
         "tasks": len({row["task"] for row in usable}),
         "dB": {a: round(v, 2) for a, v in table.items()},
     }
+
+    def difference(of_row: Callable[[Row], float], rows: Sequence[Row]) -> list[float]:
+        """[mean, low, high] of `drawn` less something else, over groups."""
+        by_group = defaultdict(list)
+        for row in rows:
+            by_group[row["group"]].append(value(row, "drawn") - of_row(row))
+        return [round(v, 2) for v in paired_bootstrap([float(np.mean(of_group)) for of_group in by_group.values()])]
+
     for arm in (NO_EXAMPLE, "wrong"):
-        differences = defaultdict(list)
-        for row in usable:
-            differences[row["group"]].append(value(row, "drawn") - value(row, arm))
-        mean, low, high = paired_bootstrap([float(np.mean(of_group)) for of_group in differences.values()])
-        result[f"drawn - {arm}"] = [round(v, 2) for v in (mean, low, high)]
-    same = [(row, full[key]) for row in usable if (key := tuple(row[k] for k in KEYS)) in full]
-    if same:
-        result["dB"]["full"] = round(float(np.mean([value(other, "drawn") for _, other in same])), 2)
-        gap = result["dB"]["full"] - result["dB"][NO_EXAMPLE]
-        result["gap closed"] = round((result["dB"]["drawn"] - result["dB"][NO_EXAMPLE]) / gap, 2) if gap > 0 else None
+        result[f"drawn - {arm}"] = difference(lambda row, arm=arm: value(row, arm), usable)
+    for other, known in others.items():
+        find = lambda row, known=known: known.get(tuple(row[k] for k in KEYS))
+        # Other pictures of the same name would be another question: the copied query tells.
+        same = [row for row in usable if (found := find(row)) and found["copied/all"] == row["copied/all"]]
+        if not same:
+            continue
+        result.setdefault("beside", {})[other] = difference(lambda row, find=find: value(find(row), "drawn"), same)
+        if re.fullmatch(r"full\d*", other):
+            result["dB"]["full"] = round(float(np.mean([value(find(row), "drawn") for row in same])), 2)
+            gap = result["dB"]["full"] - result["dB"][NO_EXAMPLE]
+            result["gap closed"] = round((result["dB"]["drawn"] - result["dB"][NO_EXAMPLE]) / gap, 2) if gap > 0 else None
     by_task = defaultdict(list)
     for row in usable:
         by_task[row["task"]].append((value(row, NO_EXAMPLE), value(row, "wrong"), value(row, "drawn"), value(row, "ceiling")))
@@ -194,7 +218,14 @@ def markdown(tables: Sequence[Mapping]) -> str:
                 cells += [interval(f"drawn - {NO_EXAMPLE}"), interval("drawn - wrong"), t["dB"].get("full", ""), t.get("gap closed", "")]
                 lines.append("| " + " | ".join(map(str, cells)) + " |")
         lines.append("")
-    lines += ["## By task, generic words, all pixels: no example / wrong / right / ceiling, dB", ""]
+    lines += ["## Models beside one another: the right example, all pixels, dB", ""]
+    lines += ["| difference | words | level | dB |", "|" + " --- |" * 4]
+    for t in tables:
+        if t["measure"] == "all":
+            for other, (mean, low, high) in t.get("beside", {}).items():
+                if t["model"] > other:  # the other way round is the same number
+                    lines.append(f"| {t['model']} - {other} | {t['words']} | {t['level']} | {mean:+.2f} [{low:+.2f}, {high:+.2f}] |")
+    lines += ["", "## By task, generic words, all pixels: no example / wrong / right / ceiling, dB", ""]
     for t in tables:
         if t["measure"] == "all" and t["words"] == "generic":
             lines += [f"### {t['model']}, {t['level']}", "", "| task | none | wrong | right | ceiling |", "|" + " --- |" * 5]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 
 from tests.helpers import FP32, TINY, column, random_decoder, random_rows, segments
 from xprompt_jax.config import PRESETS
+from xprompt_jax.model.attention import cached_attention
 from xprompt_jax.model.cache import Cache, empty_cache, write
 from xprompt_jax.model.chameleon import Rows, abstract_model, extend, pack, project_logits, unpack, unstacked
 from xprompt_jax.model.params import count, flatten, logical_axes, unflatten
@@ -166,8 +169,10 @@ def test_prefill_and_decode_are_the_oracle(model):
 
 
 def test_cache_writes_per_row():
-    buffer = write(jnp.zeros((2, 5, 1, 1)), jnp.ones((2, 2, 1, 1)), jnp.array([0, 3]))
-    np.testing.assert_array_equal(buffer[..., 0, 0], [[1, 1, 0, 0, 0], [0, 0, 0, 1, 1]])
+    new = jnp.arange(1, 13, dtype=jnp.float32).reshape(2, 2, 3, 1)  # two rows of two tokens of three heads
+    buffer = write(jnp.zeros((2, 3, 5, 1)), new, jnp.array([0, 3]))[..., 0]
+    np.testing.assert_array_equal(buffer[0], [[1, 4, 0, 0, 0], [2, 5, 0, 0, 0], [3, 6, 0, 0, 0]])
+    np.testing.assert_array_equal(buffer[1], [[0, 0, 0, 7, 10], [0, 0, 0, 8, 11], [0, 0, 0, 9, 12]])
     assert isinstance(jax.tree.map(lambda x: x, empty_cache(TINY, 1, 2, jnp.float32)), Cache)
 
 
@@ -176,3 +181,17 @@ def test_every_parameter_has_axes_and_survives_flattening(model):
     assert all(len(logical_axes(name)) == value.ndim for name, value in params.items())
     again = flatten(unflatten(abstract_model(model.config), params))
     assert all(np.array_equal(again[name], params[name]) for name in params)
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_attention_takes_the_cache_as_it_lies(window):
+    """No step may copy the cache to turn it around: that took more time than the attention itself."""
+    rows, heads, slots, dim = 2, 3, 50, 32
+    like = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    cache = like(rows, heads, slots, dim)
+    lowered = jax.jit(cached_attention).lower(like(rows, window, 2 * heads, dim), cache, cache, jax.ShapeDtypeStruct((rows,), jnp.int32))
+    program = lowered.compile().as_text()
+    made = re.findall(r"= \w+\[([\d,]+)\]\S* (\w+)\(", program)
+    assert {"dot", "parameter"} <= {kind for _, kind in made}
+    size = rows * heads * slots * dim
+    assert [kind for shape, kind in made if math.prod(map(int, shape.split(","))) >= size and kind not in ("parameter", "bitcast")] == []

@@ -92,10 +92,10 @@ def test_the_cache_rounds_a_token_once(decoder):
     lengths = jnp.array([0, 3])
     empty = empty_cache(TINY, 2, 12, jnp.int8)
     ks, vs = write(empty.k[0], k, lengths), write(empty.v[0], v, lengths)
-    assert ks.values.dtype == jnp.int8 and ks.scale.shape == (2, 12, 2, 1)
+    assert ks.values.dtype == jnp.int8 and ks.scale.shape == (2, 2, 12, 1)
     got = cached_attention(q, ks, vs, lengths)
     np.testing.assert_allclose(got, cached_attention(q, wide(ks), wide(vs), lengths), atol=1e-6)
-    exact = cached_attention(q, *(write(jnp.zeros((2, 12, 2, 8)), t, lengths) for t in (k, v)), lengths)
+    exact = cached_attention(q, *(write(jnp.zeros((2, 2, 12, 8)), t, lengths) for t in (k, v)), lengths)
     assert 0 < float(jnp.abs(got - exact).max()) < 4 / 127
     one_by_one = write(write(empty.k[0], k[:, :2], lengths), k[:, 2:], lengths + 2)
     jax.tree.map(np.testing.assert_array_equal, one_by_one, ks)

@@ -56,32 +56,49 @@ def dense_mask(roles: jax.Array, groups: jax.Array, segments: jax.Array) -> jax.
     return allowed | jnp.eye(length, dtype=bool)
 
 
-def dense_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scales: tuple[jax.Array, jax.Array] | None = None
-) -> jax.Array:
+def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """Softmax attention with a mask; the slow oracle, and the few dense rows of the split form.
 
     Args:
       q: [B, Q, H, K].
       k, v: [B, T, G, K], G dividing H.
       mask: bool, broadcastable to [B, Q, T].
-      scales: float32 [B, T, G] of keys and of values, which multiply the scores and the weights and not the arrays.
 
     Returns:
       [B, Q, H, K] in q's type; scores and softmax in float32.
     """
+    return _by_head(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+
+
+def _by_head(
+    q: jax.Array, k: jax.Array | Int8, v: jax.Array | Int8, mask: jax.Array, *, keys_first: bool = False
+) -> jax.Array:  # fmt: skip
+    """Attention on keys and values [B, G, T, K]: matrix products of blocks of memory, which no backend has to rearrange first.
+
+    Args:
+      q: [B, Q, H, K]; a group's query heads become rows of one product.
+      k, v: arrays, or `Int8` with a scale for each token and head, which multiplies the scores and the weights and not the array.
+      mask: bool, broadcastable to [B, Q, T].
+      keys_first: multiplies keys with queries: a CPU turns the second factor around, which should be a few queries and not a cache.
+    """
     batch, queries, heads, dim = q.shape
-    kv_heads = k.shape[2]
-    q = q.reshape(batch, queries, kv_heads, heads // kv_heads, dim)
-    scores = jnp.einsum("bqgrk,btgk->bgrqt", q, k, preferred_element_type=jnp.float32) * dim**-0.5
-    if scales is not None:
-        of_keys, of_values = (s.swapaxes(1, 2)[:, :, None, None] for s in scales)
-        scores = scores * of_keys
-    scores = jnp.where(mask[:, None, None], scores, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1)
-    if scales is not None:
-        weights = weights * of_values
-    return jnp.einsum("bgrqt,btgk->bqgrk", weights.astype(v.dtype), v).reshape(batch, queries, heads, dim)
+    groups = k.shape[1]
+    keys, values = (t.values.astype(q.dtype) if isinstance(t, Int8) else t for t in (k, v))
+    q = q.reshape(batch, queries, groups, heads // groups, dim).transpose(0, 2, 3, 1, 4).reshape(batch, groups, -1, dim)
+    if keys_first:
+        turned = jnp.einsum("bgtk,bgqk->bgtq", keys, q, preferred_element_type=jnp.float32)
+        scores = jax.lax.optimization_barrier(turned).swapaxes(2, 3)  # without the barrier, XLA swaps the factors again
+    else:
+        scores = jnp.einsum("bgqk,bgtk->bgqt", q, keys, preferred_element_type=jnp.float32)
+    scores = scores * dim**-0.5
+    if isinstance(k, Int8):
+        scores = scores * k.scale.swapaxes(2, 3)
+    mask = jnp.tile(jnp.broadcast_to(mask, (mask.shape[0], queries, mask.shape[2])), (1, heads // groups, 1))
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, _MASKED), axis=-1)
+    if isinstance(v, Int8):
+        weights = weights * v.scale.swapaxes(2, 3)
+    out = jnp.einsum("bgqt,bgtk->bgqk", weights.astype(values.dtype), values)
+    return out.reshape(batch, groups, heads // groups, queries, dim).transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, dim)
 
 
 def split_attention(
@@ -142,20 +159,14 @@ def cached_attention(q: jax.Array, k: jax.Array | Int8, v: jax.Array | Int8, len
 
     Args:
       q: [B, W, H, K], rotated.
-      k, v: [B, T, G, K], the whole cache; of int8, a scale for each token and head.
+      k, v: [B, G, T, K], the whole cache; of int8, a scale for each token and head.
       lengths: int32 [B], slots of each row that were filled before the new tokens.
 
     Returns:
-      [B, W, H, K]: new token i of a row sees slots 0 .. lengths + i.
+      [B, W, H, K] in q's type: new token i of a row sees slots 0 .. lengths + i. Scores and softmax in float32.
     """
     window = lengths[:, None] + jnp.arange(q.shape[1])
-    mask = jnp.arange(k.shape[1]) <= window[..., None]
-    if isinstance(k, Int8):
-        assert isinstance(v, Int8)
-        scales = k.scale[..., 0], v.scale[..., 0]
-        return dense_attention(q, k.values.astype(q.dtype), v.values.astype(q.dtype), mask, scales)
-    assert not isinstance(v, Int8)
-    return dense_attention(q, k, v, mask)
+    return _by_head(q, k, v, jnp.arange(k.shape[2]) <= window[..., None], keys_first=True)
 
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]

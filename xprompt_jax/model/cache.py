@@ -9,7 +9,8 @@ advancing the length, and the next write covers it. The buffers must therefore b
 `dynamic_update_slice` clamps its start, and a window written past the end would silently shift left.
 
 Layers have buffers of their own because scanning over a stacked cache copies all of it in every step (facts:
-inference.md 5).
+inference.md 5). Heads come before slots, so that what a head reads of a row is one block of memory: the matrix products of attention then
+take the buffer as it lies, and nothing of it is copied in a step.
 
 Buffers of int8 hold half of bfloat16's bytes, with a scale for each token and head (quantize.py); a token is rounded when it is written.
 """
@@ -31,9 +32,9 @@ class Cache:
     """Keys (rotated) and values of every layer."""
 
     k: tuple[jax.Array | Int8, ...]
-    """N buffers [B, T, G, K]."""
+    """N buffers [B, G, T, K]."""
     v: tuple[jax.Array | Int8, ...]
-    """N buffers [B, T, G, K]."""
+    """N buffers [B, G, T, K]."""
     length: jax.Array
     """int32 [B], filled slots of each row."""
     position: jax.Array
@@ -42,7 +43,7 @@ class Cache:
 
 def empty_cache(config: ModelConfig, batch: int, slots: int, dtype) -> Cache:
     """A cache of B rows of T slots, nothing in it yet; dtype int8 makes buffers of `Int8`."""
-    shape = (batch, slots, config.num_kv_heads, config.head_dim)
+    shape = (batch, config.num_kv_heads, slots, config.head_dim)
 
     def buffer() -> jax.Array | Int8:
         values = jnp.zeros(shape, dtype)
@@ -53,7 +54,8 @@ def empty_cache(config: ModelConfig, batch: int, slots: int, dtype) -> Cache:
 
 
 def write(buffer: jax.Array | Int8, new: jax.Array, start: jax.Array) -> jax.Array | Int8:
-    """Puts new [B, W, G, K] into buffer [B, T, G, K] at start[b] of each row; start + W must not exceed T."""
-    put = lambda row, value, at: jax.lax.dynamic_update_slice_in_dim(row, value, at, axis=0)
+    """Puts new [B, W, G, K] into buffer [B, G, T, K] at start[b] of each row; start + W must not exceed T."""
+    put = lambda row, value, at: jax.lax.dynamic_update_slice_in_dim(row, value, at, axis=1)
+    new = new.swapaxes(1, 2)
     value = quantize(new, -1) if isinstance(buffer, Int8) else new.astype(buffer.dtype)
     return jax.tree.map(lambda rows, values: jax.vmap(put)(rows, values, start), buffer, value)

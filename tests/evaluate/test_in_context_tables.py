@@ -1,0 +1,49 @@
+"""The tables of tools/bench_in_context.py, from episodes whose answers are known."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench_in_context", Path(__file__).parents[2] / "tools/bench_in_context.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def episodes(bench, drawn: float, copied: float = 10.0) -> list[dict[str, str]]:
+    """Four groups of two queries as they are read from a file; groups differ, by what cancels in every pair."""
+    dB = dict(zip(bench.ARMS, (copied, 12.0, 8.0, drawn, 25.0), strict=True))
+    return [
+        {"level": "parameters", "words": words, "seed": "0", "task": f"task{group % 2}", "group": str(group), "query": str(query)}
+        | {f"{arm}/{measure}": str(value + group) for arm, value in dB.items() for measure in bench.MEASURES}
+        for words in bench.WORDS
+        for group in range(4)
+        for query in range(2)
+    ]
+
+
+def test_models_that_share_a_number_are_compared_in_the_same_episodes(bench):
+    told = bench.summary(
+        {
+            "xp": episodes(bench, 19.0),
+            "xp2400": episodes(bench, 16.0),
+            "causal2400": episodes(bench, 15.0),
+            "full2400": episodes(bench, 17.0),
+        }
+    )
+    row = lambda name: next(t for t in told if t["model"] == name and t["measure"] == "all" and t["words"] == "generic")
+    assert row("xp2400")["beside"] == {"causal2400": [1.0, 1.0, 1.0], "full2400": [-1.0, -1.0, -1.0]}
+    assert row("xp2400")["gap closed"] == 0.8 and row("xp2400")["dB"]["full"] == 17 + 1.5
+    assert "beside" not in row("xp") and "gap closed" not in row("xp")
+    assert row("xp")[f"drawn - {bench.NO_EXAMPLE}"] == [7.0, 7.0, 7.0]
+    page = bench.markdown(told)
+    assert "| xp2400 - causal2400 | generic | parameters | +1.00 [+1.00, +1.00] |" in page and "| causal2400 - xp2400 |" not in page
+
+
+def test_other_pictures_are_not_the_same_episodes(bench):
+    told = bench.summary({"xp1": episodes(bench, 16.0), "causal1": episodes(bench, 15.0, copied=11.0)})
+    assert all("beside" not in t for t in told)

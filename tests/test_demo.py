@@ -66,6 +66,8 @@ def test_the_mini_is_small_and_has_its_card():
 def test_quick_belongs_to_training(tmp_path):
     with pytest.raises(UserError, match="--quick belongs to --train"):
         Demo(workdir=tmp_path, quick=True).run()
+    with pytest.raises(UserError, match="--devices belongs to --train"):
+        Demo(workdir=tmp_path, devices=2).run()
 
 
 @pytest.mark.parametrize("flags, message", [({"seed": -1}, "--seed -1 must be"), ({"workdir": __file__}, "a file; give a folder")])

@@ -1,6 +1,7 @@
 """`xprompt serve`: a real server and real requests, its limits, and its page in a real browser."""
 
 import base64
+import contextlib
 import http.client
 import io
 import json
@@ -25,6 +26,7 @@ from xprompt_jax.data.images import save_png
 pytest.importorskip("uvicorn", reason="pip install 'xprompt-jax[serve]'")
 
 from tools.screenshot_serve import CHROMIUM, Browser
+from xprompt_jax.serve import app
 from xprompt_jax.serve.app import listen, make_app
 from xprompt_jax.serve.studio import Limits, Studio
 
@@ -226,22 +228,51 @@ class Gated(Studio):
             yield event
 
 
-def test_the_line_is_bounded_in_order_and_left_by_those_who_go(loaded):
+@contextlib.contextmanager
+def serving(studio):
+    """The address of a server in this process, so that a test can hold up its work."""
     import uvicorn
 
-    studio = Gated(loaded, limits=Limits(queue=2))
     listening = listen("127.0.0.1", 0)
-    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     server = uvicorn.Server(uvicorn.Config(make_app(studio), log_config=None, lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+
+
+def test_uploads_are_limited_in_number_and_in_time(loaded, monkeypatch):
+    body, headers = form({}, PAIR | {"inputs": PAIR["after"]})
+    with serving(Studio(loaded, limits=Limits(queue=2))) as url:
+        slow = [http.client.HTTPConnection(urlsplit(url).netloc, timeout=60) for _ in range(2)]
+        monkeypatch.setattr(app, "UPLOAD_SECONDS", 3.0)
+        for connection in slow:
+            connection.putrequest("POST", "/api/draw")
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                connection.putheader(name, value)
+            connection.endheaders(body[:99])
+        time.sleep(0.5)
+        assert ask(url, "/api/draw", body, headers)[0] == 503
+        for connection in slow:
+            answer = connection.getresponse()
+            assert answer.status == 408 and "more than 3 s" in json.loads(answer.read())["error"]
+            connection.close()
+        assert ask(url, "/api/draw", body, headers)[0] == 200
+
+
+def test_the_line_is_bounded_in_order_and_left_by_those_who_go(loaded):
+    studio = Gated(loaded, limits=Limits(queue=2))
 
     def begin():
         connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
         connection.request("POST", "/api/draw", *form({}, PAIR | {"inputs": PAIR["after"]}))
         return connection, connection.getresponse()
 
-    try:
+    with serving(studio) as url, contextlib.ExitStack() as stack:
+        stack.callback(studio.gate.release, 99)
         first = begin()
         leaver, waiting = begin()
         assert json.loads(waiting.readline()) == {"event": "queued", "ahead": 1}
@@ -264,10 +295,6 @@ def test_the_line_is_bounded_in_order_and_left_by_those_who_go(loaded):
         stopped = studio.told.index("compiled", 1)
         assert stopped < TINY.vq.grid and studio.told.count("done") == 1, "drawing went on for nobody"
         assert ask(url, "/api/draw", *form({}, PAIR))[0] == 400  # room again: this one is told that it has no image
-    finally:
-        studio.gate.release(99)
-        server.should_exit = True
-        thread.join(30)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

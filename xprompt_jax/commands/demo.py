@@ -32,13 +32,15 @@ class Demo:
     """Train a model from nothing: photographs and scenes, tokenizers, tokens, training on a mesh, drawing."""
     quick: bool = False
     """With --train: a run of about a minute that shows that everything works, not how well."""
-    devices: int = 2
-    """With --train: virtual devices to split a CPU into, so that training runs on a real mesh."""
+    devices: int | None = None
+    """With --train: virtual devices to split a CPU into, so that training runs on a real mesh; 2 without the flag."""
 
     def run(self) -> None:
         """Runs the demo."""
-        if self.devices < 1:
+        if self.devices is not None and self.devices < 1:
             raise UserError("--devices must be at least 1")
+        if self.devices and not self.train:
+            raise UserError("--devices belongs to --train; the demo without it trains nothing")
         if self.quick and not self.train:
             raise UserError("--quick belongs to --train; without it the demo is quick")
         from xprompt_jax.sample.arguments import seed_of
@@ -53,7 +55,7 @@ class Demo:
         else:
             flags = os.environ.get("XLA_FLAGS", "")
             if "device_count" not in flags:
-                os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={self.devices}"
+                os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={self.devices or 2}"
             from xprompt_jax.demo.training import train_demo
 
             page = train_demo(self.workdir, quick=self.quick, photos=self.photos, seed=self.seed)

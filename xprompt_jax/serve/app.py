@@ -41,6 +41,8 @@ from xprompt_jax.serve.studio import Order, Studio
 log = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+UPLOAD_SECONDS = 120.0
+"""How long a request's body may take."""
 _MAX_FIELD = 16 * 1024  # bytes of a form field that is no file
 _LINGER = 1.0  # seconds
 _HEADERS = {
@@ -139,7 +141,7 @@ class _Guard:
             if e.status == 413:  # most clients listen only after they have sent, so what comes in a moment is thrown away
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(_discard(receive), _LINGER)
-            answer = JSONResponse({"error": e.line}, e.status, {"Connection": "close"} if e.status == 413 else None)
+            answer = JSONResponse({"error": e.line}, e.status, {"Connection": "close"} if e.status in (408, 413) else None)
             await answer(scope, receive, with_headers)
         return None
 
@@ -157,7 +159,7 @@ def make_app(studio: Studio, *, hosts: Collection[str] | None = None) -> Starlet
       hosts: names under which a browser may reach the server; None allows all. Without this, a page elsewhere could have its name point
         here and read the answers (DNS rebinding).
     """
-    line = _Line(studio.limits.queue)
+    line, uploads = _Line(studio.limits.queue), asyncio.Semaphore(studio.limits.queue)
 
     def page(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
         data = resources.files("xprompt_jax.serve").joinpath(name).read_bytes()
@@ -180,9 +182,13 @@ def make_app(studio: Studio, *, hosts: Collection[str] | None = None) -> Starlet
 
     async def draw(request: Request) -> Response:
         full = _Refused(503, f"{studio.limits.queue} requests are waiting already; try again in a moment")
-        if line.full:
+        if line.full or uploads.locked():
             raise full
-        order = await _read_order(request, studio)
+        async with uploads:  # not in line yet, or whoever sends slowly would hold up the others
+            try:
+                order = await asyncio.wait_for(_read_order(request, studio), UPLOAD_SECONDS)
+            except TimeoutError:
+                raise _Refused(408, f"the upload took more than {UPLOAD_SECONDS:g} s; send fewer or smaller images") from None
         if line.full:
             raise full
         return _Events(_events(studio, order, line, line.join()))

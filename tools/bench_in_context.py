@@ -11,7 +11,7 @@ under named words ("remove the rain") and under generic ones ("do the same to th
     wrong       drawn from a pair of another task, under the right words
     drawn       drawn from the right example; models named causal* see the example itself, all others their XP tokens
     ceiling     the target through the image tokenizer: what no model can pass
-    full        `drawn` of the model of that name, which was trained on everything
+    full        `drawn` of the model named full and the same number, which was trained on everything
 
 Models are compared with each other, episode by episode, where their names end in the same number, such as the steps that each was
 trained for: xp2400, causal2400, full2400 (and names without a number among themselves).

@@ -165,24 +165,20 @@ def measure_ours(folder: str, photos: Path | None, batches: list[int], repeats: 
     }  # fmt: skip
     grid = model.config.vq.grid
     told: dict = {"first_logits": np.asarray(model.logits(full[0][None])[0, -1]).tolist(), "tokens_per_image": grid * grid}
-    for name, (prompt, decoding) in modes.items():
-        told[name] = {}
+
+    def seconds(prompt, decoding: str, shown: list[np.ndarray]) -> dict[str, float]:
+        """An image, at each batch."""
+        found = {}
         for batch in batches:
-            inputs = shown[2 : 2 + batch]
-            draw = lambda prompt=prompt, inputs=inputs, decoding=decoding: model.generate(
-                prompt, inputs, guidance=guidance, decoding=decoding
-            )  # fmt: skip
+            draw = functools.partial(model.generate, prompt, shown[2 : 2 + batch], guidance=guidance, decoding=decoding)
             draw()  # compiles
-            told[name][f"batch {batch}"] = round(fastest(draw, repeats) / batch, 4)
-    told[CODES] = {}
-    codes, decode = model.encode_images(shown), model._decode
+            found[f"batch {batch}"] = round(fastest(draw, repeats) / batch, 4)
+        return found
+
+    told |= {name: seconds(prompt, decoding, shown) for name, (prompt, decoding) in modes.items()}
+    codes, decode = list(model.encode_images(shown)), model._decode
     model._decode = lambda _, codes: np.zeros((1, 8, 8, 3), np.float32)  # a thumbnail's and a drawing's pixels
-    for batch in batches:
-        draw = lambda inputs=codes[2 : 2 + batch]: model.generate(
-            [Example(codes[0], codes[1], INSTRUCTION)], list(inputs), guidance=guidance, decoding="sequential"
-        )  # fmt: skip
-        draw()
-        told[CODES][f"batch {batch}"] = round(fastest(draw, repeats) / batch, 4)
+    told[CODES] = seconds([Example(codes[0], codes[1], INSTRUCTION)], "sequential", codes)
     model._decode = decode
     told["passes_per_image"] = {d: count_passes(model, task, shown[2:], guidance, d) for d in ("jacobi", "speculative")}
     return told

@@ -1,20 +1,9 @@
 """The tables of tools/bench_in_context.py, from episodes whose answers are known."""
 
-import importlib.util
-from pathlib import Path
-
-import pytest
+from tools import bench_in_context as bench
 
 
-@pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location("bench_in_context", Path(__file__).parents[2] / "tools/bench_in_context.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def episodes(bench, drawn: float, copied: float = 10.0) -> list[dict[str, str]]:
+def episodes(drawn: float, copied: float = 10.0) -> list[dict[str, str]]:
     """Four groups of two queries as they are read from a file; groups differ, by what cancels in every pair."""
     dB = dict(zip(bench.ARMS, (copied, 12.0, 8.0, drawn, 25.0), strict=True))
     return [
@@ -26,13 +15,13 @@ def episodes(bench, drawn: float, copied: float = 10.0) -> list[dict[str, str]]:
     ]
 
 
-def test_models_that_share_a_number_are_compared_in_the_same_episodes(bench):
+def test_models_that_share_a_number_are_compared_in_the_same_episodes():
     told = bench.summary(
         {
-            "xp": episodes(bench, 19.0),
-            "xp2400": episodes(bench, 16.0),
-            "causal2400": episodes(bench, 15.0),
-            "full2400": episodes(bench, 17.0),
+            "xp": episodes(19.0),
+            "xp2400": episodes(16.0),
+            "causal2400": episodes(15.0),
+            "full2400": episodes(17.0),
         }
     )
     row = lambda name: next(t for t in told if t["model"] == name and t["measure"] == "all" and t["words"] == "generic")
@@ -44,6 +33,6 @@ def test_models_that_share_a_number_are_compared_in_the_same_episodes(bench):
     assert "| xp2400 - causal2400 | generic | parameters | +1.00 [+1.00, +1.00] |" in page and "| causal2400 - xp2400 |" not in page
 
 
-def test_other_pictures_are_not_the_same_episodes(bench):
-    told = bench.summary({"xp1": episodes(bench, 16.0), "causal1": episodes(bench, 15.0, copied=11.0)})
+def test_other_pictures_are_not_the_same_episodes():
+    told = bench.summary({"xp1": episodes(16.0), "causal1": episodes(15.0, copied=11.0)})
     assert all("beside" not in t for t in told)

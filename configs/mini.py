@@ -8,6 +8,7 @@ config = Config(
     data=DataConfig(
         store="data/mini",
         drop_example=0.1,
+        repeat_example=0.25,
         buckets=(
             BucketConfig("in_context", examples=1, context=576, todo=576, answer=259, rows=48),
             BucketConfig("describe", examples=1, context=576, todo=192, answer=128, rows=8, kind="describe"),

@@ -1,13 +1,13 @@
 """What more examples give, and what retrieved ones give, on tasks that the model has never seen.
 
-    python tools/bench_examples.py --model mini
+    python tools/bench_examples.py --models xp=mini several=runs/mini_cpu/several/model
     python tools/bench_examples.py --tables        # the tables again, from the episodes that are there
 
 joined      1, 2, 4 and 8 examples of a group, compiled one by one and joined; generic words, all three levels of `data/levels.py`
 retrieved   edits under their own words: shown is the training edit whose instruction is nearest (RAIE, paper 3.3), a random training edit,
             a pair of the query's own group, nothing
 
-Drawn free-running and greedily. Writes benchmarks/in_context/examples.csv.gz (a line for each image), examples.json and examples.md.
+Drawn free-running and greedily. Writes benchmarks/in_context: examples/MODEL.csv.gz (a line for each image), examples.json and examples.md.
 Intervals are 95 %, paired bootstrap over groups.
 """
 
@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from bench_in_context import generic
+from bench_in_context import generic, read
 from tqdm import tqdm
 
 from xprompt_jax import CompiledPrompt, Example, XPrompt
@@ -49,32 +49,30 @@ POOL = 600
 def main() -> None:
     """Parses the flags, asks the model, writes the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="mini")
+    parser.add_argument("--models", nargs="*", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--groups", type=int, default=4, help="draws of parameters of each task")
     parser.add_argument("--queries", type=int, default=4, help="of each group")
     parser.add_argument("--seed", type=int, default=4000)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/in_context"))
     parser.add_argument("--tables", action="store_true", help="only make the tables again")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    file, about = args.out / "examples.csv.gz", args.out / "examples.json"
-    if args.tables:
-        with gzip.open(file, "rt", newline="") as f:
-            rows = list(csv.DictReader(f))
-        told = json.loads(about.read_text())
-    else:
-        model = XPrompt.from_pretrained(args.model)
+    place, about = args.out / "examples", args.out / "examples.json"
+    place.mkdir(parents=True, exist_ok=True)
+    told = json.loads(about.read_text())["models"] if about.exists() else {}
+    for name, folder in (item.split("=", 1) for item in args.models):
+        model = XPrompt.from_pretrained(folder)
         rows = [*joined(model, args), *retrieved(model, args)]
-        with atomic_path(file) as path, gzip.open(path, "wt", newline="", compresslevel=9) as f:
+        with atomic_path(place / f"{name}.csv.gz") as path, gzip.open(path, "wt", newline="", compresslevel=9) as f:
             writer = csv.DictWriter(f, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-        told = {
+        told[name] = {
             "fingerprint": model.fingerprint, "command": shlex.join(["python", *sys.argv]),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
         }  # fmt: skip
-    tables = summary(rows)
-    about.write_text(json.dumps({**told, "tables": tables}, indent=2) + "\n")
+    drawn = {path.name.removesuffix(".csv.gz"): read(path) for path in sorted(place.glob("*.csv.gz"))}
+    tables = [{"model": name, **line} for name, rows in drawn.items() for line in summary(rows)]
+    about.write_text(json.dumps({"models": told, "tables": tables}, indent=2) + "\n")
     (args.out / "examples.md").write_text(markdown(tables))
     print(markdown(tables))
 
@@ -166,10 +164,10 @@ def markdown(tables: Sequence[dict]) -> str:
     lines = ["# More examples, and retrieved ones", "", __doc__.strip(), ""]
     for part, arms, against in (("joined", [str(c) for c in COUNTS], "one example"), ("retrieved", SHOWN, "a random one")):
         lines += [f"## {part}: PSNR-RGB in dB, and the difference to {against}", ""]
-        lines += [f"| level | pixels | images | {' | '.join(arms)} |", "|" + " --- |" * (3 + len(arms))]
+        lines += [f"| model | level | pixels | images | {' | '.join(arms)} |", "|" + " --- |" * (4 + len(arms))]
         for t in (t for t in tables if t["part"] == part):
             cells = ["{:.2f} ({:+.2f} [{:+.2f}, {:+.2f}])".format(*t[arm]) for arm in arms]
-            lines.append(f"| {t['level']} | {t['measure']} | {t['images']} | {' | '.join(cells)} |")
+            lines.append(f"| {t['model']} | {t['level']} | {t['measure']} | {t['images']} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
 

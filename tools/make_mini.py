@@ -67,14 +67,15 @@ def main() -> None:
 
     if not store.exists():
         make_store(args, config, store)
-    start = args.out / ("start_plain" if args.plain_start else "start") / f"{config.train.seed}_{config.model.num_xp_tokens}"
-    if not start.exists():
-        vqgan, tokenizer = load_tokenizers(store / "tokenizers")
-        decoder = Chameleon(config.model, jax.random.key(config.train.seed))
-        if not args.plain_start:
-            decoder = know_colours(decoder, np.asarray(flatten(vqgan)["quantize.embedding.weight"]), config.train.seed)
-        XPrompt(decoder, vqgan, tokenizer).save_pretrained(start)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(start)))
+    if not config.train.init_from:
+        start = args.out / ("start_plain" if args.plain_start else "start") / f"{config.train.seed}_{config.model.num_xp_tokens}"
+        if not start.exists():
+            vqgan, tokenizer = load_tokenizers(store / "tokenizers")
+            decoder = Chameleon(config.model, jax.random.key(config.train.seed))
+            if not args.plain_start:
+                decoder = know_colours(decoder, np.asarray(flatten(vqgan)["quantize.embedding.weight"]), config.train.seed)
+            XPrompt(decoder, vqgan, tokenizer).save_pretrained(start)
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(start)))
     clock = time.perf_counter()
     run_training(config, args.out / args.run)
     log.info("training took %.0f s", time.perf_counter() - clock)

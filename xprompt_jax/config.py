@@ -193,6 +193,9 @@ class DataConfig:
     same group where a pair has no neighbour that can be shown."""
     drop_example: float = 0.0
     """Fraction of in-context rows that lose their example, for guidance without it."""
+    repeat_example: float = 0.0
+    """Fraction of in-context training rows that ask for an example once more: the query's own pair stands among the examples, so that XP
+    tokens learn to carry an output's look, not only its task (measured in docs/in_context.md). Where the example is visible it would be copied."""
     holdouts: tuple[Holdout, ...] = ()
     """Tasks that are not trained, so that they can be asked as novel ones (data/holdouts.py; paper, section 4.4)."""
     strict_holdouts: bool = False
@@ -203,7 +206,7 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self):
-        _check(self, "data", generic_instruction=(0, 1), drop_example=(0, 1), seed=(0, _ANY))
+        _check(self, "data", generic_instruction=(0, 1), drop_example=(0, 1), repeat_example=(0, 1), seed=(0, _ANY))
         for name, weight in self.weights.items():
             if not 0 <= weight < _ANY:
                 raise UserError(f"data.weights: {name!r} has {weight}; give a number of pairs, 0 to leave it out")

@@ -127,6 +127,29 @@ def test_a_pair_is_one_crop_and_its_example_another(store):
         assert seen == set(itertools.product(range(3), repeat=1 + bucket.examples))
 
 
+def test_repeated_examples_are_the_query_itself(store):
+    """As often as asked, at any place among the examples, in the query's own crop; never in held-out rows; all else is drawn as without."""
+    bucket, trials = BUCKETS[0], 400
+
+    def draw(share, split):
+        episodes = Episodes(store, PROMPTER, DataConfig(buckets=(bucket,), repeat_example=share), bucket, 3, split)
+        return [episodes.choose(i % len(episodes), np.random.default_rng(i)) for i in range(trials)]
+
+    plain, places = draw(0.0, "train"), []
+    for before, after in zip(plain, draw(0.25, "train"), strict=True):
+        if after == before:
+            continue
+        at = after.partners.index(after.pair)
+        places.append(at)
+        assert after.partner_crops[at] == after.crop
+        others = lambda of: [*of[:at], *of[at + 1 :]]  # noqa: B023
+        assert others(after.partners) == others(before.partners) and others(after.partner_crops) == others(before.partner_crops)
+        assert dataclasses.replace(after, partners=before.partners, partner_crops=before.partner_crops) == before
+    assert 60 < len(places) < 140  # 100 of 400, within four standard deviations
+    assert set(places) == set(range(bucket.examples))
+    assert draw(0.25, "eval") == draw(0.0, "eval")
+
+
 def flat(store, image, crop):
     return tuple(store.codes.crops(image)[crop].reshape(-1).tolist())
 

@@ -234,6 +234,7 @@ class Episodes:
     ):  # fmt: skip
         self.store, self.prompter, self.config, self.bucket, self.neighbours = store, prompter, config, bucket, neighbours
         self.shape = SlotShape.of(bucket, num_xp, config.mode)
+        self._repeats = config.repeat_example if split == "train" else 0.0
         self.table = table or PairTable(store, prompter, config, split)
         fits = self.fits()
         if long := int((self.table.in_split & ~fits).sum()):
@@ -309,6 +310,9 @@ class Episodes:
             dropped = bool(rng.random() < self.config.drop_example)
             partners = self._choose_partners(number, reverse, rng)
         crop, *partner_crops = (int(rng.integers(self.store.encoding.crops)) for _ in (number, *partners))
+        if partners and self._repeats and self.can_show[number, int(reverse)] and rng.random() < self._repeats:
+            at = int(rng.integers(len(partners)))
+            partners, partner_crops[at] = (*partners[:at], number, *partners[at + 1 :]), crop
         return Choice(number, reverse, crop, partners, tuple(partner_crops), generic, dropped)
 
     def _choose_partners(self, number: int, reverse: bool, rng: np.random.Generator) -> tuple[int, ...]:

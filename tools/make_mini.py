@@ -25,7 +25,9 @@ import tyro
 
 from xprompt_jax.commands.train import load_config
 from xprompt_jax.config import Config
+from xprompt_jax.convert.formats import open_source
 from xprompt_jax.convert.native import load_tokenizers, save_tokenizers
+from xprompt_jax.convert.weights import load_vqgan, tokenizer_of
 from xprompt_jax.data.free import free_photographs
 from xprompt_jax.data.levels import training_pairs
 from xprompt_jax.data.pipeline import GENERIC_INSTRUCTIONS
@@ -33,10 +35,11 @@ from xprompt_jax.data.sources import Record
 from xprompt_jax.data.tokenise import tokenize
 from xprompt_jax.model.chameleon import Chameleon
 from xprompt_jax.model.params import flatten, unflatten
+from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.prompt import DESCRIBE_QUESTION
 from xprompt_jax.runner import run_training
 from xprompt_jax.sample.sampler import XPrompt
-from xprompt_jax.tokens import IMAGE_START, train_tokenizer
+from xprompt_jax.tokens import IMAGE_START, Tokenizer, train_tokenizer
 from xprompt_jax.train.vqgan import train_vqgan
 
 log = logging.getLogger("make_mini")
@@ -52,7 +55,7 @@ def main() -> None:
     parser.add_argument("--vq-steps", type=int, default=1600)
     parser.add_argument("--vq-batch", type=int, default=16)
     parser.add_argument("--full", action="store_true", help="hold nothing out: the benchmark's arm of full training")
-    parser.add_argument("--tokenizers", type=Path, help="folder of a finished image and text tokenizer, to share it between arms")
+    parser.add_argument("--tokenizers", help="folder of finished tokenizers, or a model that has them; those of train.init_from otherwise")
     parser.add_argument("--run", default="run", help="name of the training's folder in OUT")
     parser.add_argument("--plain-start", action="store_true", help="random code embeddings, in place of the codebook's")
     args, settings = parser.parse_known_args()
@@ -93,8 +96,9 @@ def make_store(args: argparse.Namespace, config: Config, store: Path) -> None:
     last = {r.group for r in records[-max(len(records) // 100, 4 * args.pairs_per_group) :]}
     records = [dataclasses.replace(r, split="eval" if r.group in last else "train") for r in records]
     log.info("%d pairs in %.0f s", len(records), time.perf_counter() - began)
-    tokenizers = args.tokenizers or args.out / "tokenizers"
-    if not tokenizers.exists():
+    known = args.tokenizers or config.train.init_from
+    tokenizers = args.out / "tokenizers"
+    if not known and not tokenizers.exists():
         training = [r for r in records if r.split == "train"]
         rng = np.random.default_rng(config.data.seed)
         chosen = [training[i] for i in rng.permutation(len(training))[:12_000]]
@@ -104,9 +108,17 @@ def make_store(args: argparse.Namespace, config: Config, store: Path) -> None:
         )  # fmt: skip
         tokenizer = train_tokenizer(texts(training), num_codes=config.model.vq.num_codes, vocab_size=config.model.vocab_size)
         save_tokenizers(tokenizers, vqgan, tokenizer)
-    vqgan, tokenizer = load_tokenizers(tokenizers)
+    vqgan, tokenizer = tokenizers_of(str(known or tokenizers))
     tokenize(records, vqgan, tokenizer, store, total=len(records))
     log.info("store made in %.0f s", time.perf_counter() - began)
+
+
+def tokenizers_of(place: str) -> tuple[VQGAN, Tokenizer]:
+    """Those of a folder that `save_tokenizers` wrote, or of any model that `from_pretrained` reads."""
+    if (Path(place) / "vqgan.json").exists():
+        return load_tokenizers(place)
+    source = open_source(place)
+    return load_vqgan(source), tokenizer_of(source)
 
 
 def know_colours(decoder: Chameleon, codebook: np.ndarray, seed: int) -> Chameleon:

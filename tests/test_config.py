@@ -61,3 +61,12 @@ def test_the_quick_recipe_goes_on_from_the_mini_on_a_store_of_plain_pairs():
     config = load_config(Path(__file__).parents[1] / "configs/debug_cpu.py")
     assert config.model == open_source("mini").config and config.train.init_from == "mini"
     assert all(bucket.kind == "image" for bucket in config.data.buckets)  # a store of plain pairs has no descriptions
+
+
+def test_the_recipe_for_several_examples_goes_on_from_the_mini():
+    from xprompt_jax.commands.train import load_config
+    from xprompt_jax.convert.formats import open_source
+
+    config = load_config(Path(__file__).parents[1] / "configs/mini_several.py")
+    assert config.model == open_source("mini").config and config.train.init_from == "mini"
+    assert {bucket.examples for bucket in config.data.buckets if bucket.kind == "image"} == {1, 2, 4, 8}

@@ -195,8 +195,7 @@ class DataConfig:
     """Fraction of in-context rows that lose their example, for guidance without it."""
     repeat_example: float = 0.0
     """Fraction of in-context training rows that ask for an example once more: the query's own pair stands among the examples, so that XP
-    tokens learn to carry an output's look, not only its task (docs/in_context.md). Where
-    the example is visible it would be copied."""
+    tokens learn to carry an output's look, not only its task (docs/in_context.md). Where the example is visible it would be copied."""
     holdouts: tuple[Holdout, ...] = ()
     """Tasks that are not trained, so that they can be asked as novel ones (data/holdouts.py; paper, section 4.4)."""
     strict_holdouts: bool = False

@@ -1,4 +1,4 @@
-"""The model that ships, taught on 1, 2, 4 and 8 examples a row: on two CPU cores in about a quarter of an hour (docs/in_context.md).
+"""The model that ships, taught on 1, 2, 4 and 8 examples a row: half an hour on one CPU core (docs/in_context.md).
 
 Goes on from `train.init_from`, and so needs the tokenizers that the starting model has. Memory as configs/mini_cpu.py.
 """

@@ -148,8 +148,8 @@ def summary(episodes: Mapping[str, Sequence[Row]]) -> list[dict]:
     for name, rows in episodes.items():
         others = {other: keyed(of_other) for other, of_other in episodes.items() if other != name and family(other) == family(name)}
         for words in WORDS:
-            for level in LEVELS:
-                mine = [row for row in rows if row["words"] == words and row["level"] == level]
+            for level in (*LEVELS, "all"):
+                mine = [row for row in rows if row["words"] == words and level in (row["level"], "all")]
                 for measure in MEASURES if mine else ():
                     found.append({"model": name, "words": words, "level": level, "measure": measure, **scored(mine, measure, others)})
     return found
@@ -180,7 +180,7 @@ def scored(rows: Sequence[Row], measure: str, others: Mapping[str, Mapping[tuple
         """[mean, low, high] of `drawn` less something else, over groups."""
         by_group = defaultdict(list)
         for row in rows:
-            by_group[row["group"]].append(value(row, "drawn") - of_row(row))
+            by_group[row["level"], row["group"]].append(value(row, "drawn") - of_row(row))
         return [round(v, 2) for v in paired_bootstrap([float(np.mean(of_group)) for of_group in by_group.values()])]
 
     for arm in (NO_EXAMPLE, "wrong"):
@@ -227,7 +227,7 @@ def markdown(tables: Sequence[Mapping]) -> str:
                     lines.append(f"| {t['model']} - {other} | {t['words']} | {t['level']} | {mean:+.2f} [{low:+.2f}, {high:+.2f}] |")
     lines += ["", "## By task, generic words, all pixels: no example / wrong / right / ceiling, dB", ""]
     for t in tables:
-        if t["measure"] == "all" and t["words"] == "generic":
+        if t["measure"] == "all" and t["words"] == "generic" and t["level"] in LEVELS:
             lines += [f"### {t['model']}, {t['level']}", "", "| task | none | wrong | right | ceiling |", "|" + " --- |" * 5]
             lines += ["| " + " | ".join(map(str, (task, *values))) + " |" for task, values in t["by task"].items()] + [""]
     return "\n".join(lines)

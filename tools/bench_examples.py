@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from bench_in_context import generic, read
+from bench_in_context import generic, named, read
 from tqdm import tqdm
 
 from xprompt_jax import CompiledPrompt, Example, XPrompt
@@ -35,6 +35,7 @@ from xprompt_jax.data.levels import LEVELS, held_pairs, training_pairs
 from xprompt_jax.data.retrieval import HashedNgramEncoder
 from xprompt_jax.data.sources import Record
 from xprompt_jax.data.tasks import TASKS
+from xprompt_jax.errors import UserError
 from xprompt_jax.evaluate.metrics import changed_region_psnr, psnr_rgb
 from xprompt_jax.evaluate.pairs import paired_bootstrap
 from xprompt_jax.files import atomic_path
@@ -49,7 +50,7 @@ POOL = 600
 def main() -> None:
     """Parses the flags, asks the model, writes the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--models", nargs="*", default=[], type=named, metavar="NAME=FOLDER")
     parser.add_argument("--groups", type=int, default=4, help="draws of parameters of each task")
     parser.add_argument("--queries", type=int, default=4, help="of each group")
     parser.add_argument("--seed", type=int, default=4000)
@@ -59,7 +60,7 @@ def main() -> None:
     place, about = args.out / "examples", args.out / "examples.json"
     place.mkdir(parents=True, exist_ok=True)
     told = json.loads(about.read_text())["models"] if about.exists() else {}
-    for name, folder in (item.split("=", 1) for item in args.models):
+    for name, folder in args.models:
         model = XPrompt.from_pretrained(folder)
         rows = [*joined(model, args), *retrieved(model, args)]
         with atomic_path(place / f"{name}.csv.gz") as path, gzip.open(path, "wt", newline="", compresslevel=9) as f:
@@ -173,4 +174,8 @@ def markdown(tables: Sequence[dict]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as e:
+        print(f"bench_examples: {e}", file=sys.stderr)
+        sys.exit(2)

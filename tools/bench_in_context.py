@@ -45,6 +45,7 @@ from xprompt_jax import XPrompt
 from xprompt_jax.data.levels import LEVELS, Level, held_pairs
 from xprompt_jax.data.pipeline import GENERIC_INSTRUCTIONS
 from xprompt_jax.data.sources import photographs
+from xprompt_jax.errors import UserError
 from xprompt_jax.evaluate.metrics import changed_region_psnr, psnr_rgb
 from xprompt_jax.evaluate.pairs import NO_EXAMPLE, make_episodes, paired_bootstrap, run_pairs
 from xprompt_jax.files import atomic_path
@@ -59,7 +60,7 @@ Row = Mapping[str, str | float]
 def main() -> None:
     """Parses the flags; asks the models; writes the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--models", nargs="*", default=[], type=named, metavar="NAME=FOLDER")
     parser.add_argument("--photos", type=Path, help="photographs that no model was trained on, for the restoration and style tasks")
     parser.add_argument("--groups", type=int, default=10, help="draws of parameters of each task and seed")
     parser.add_argument(
@@ -77,7 +78,7 @@ def main() -> None:
     place.mkdir(parents=True, exist_ok=True)
     about = args.out / "results.json"
     told = json.loads(about.read_text()) if about.exists() else {"models": {}}
-    for name, folder in (item.split("=", 1) for item in args.models):
+    for name, folder in args.models:
         model = XPrompt.from_pretrained(folder)
         photos = photographs(args.photos, model.config.vq.image_size) if args.photos else []
         settings = {"fingerprint": model.fingerprint, "groups": args.groups, "queries": args.queries, "photos": len(photos)}
@@ -105,6 +106,14 @@ def main() -> None:
     about.write_text(json.dumps({**told, "tables": tables}, indent=2) + "\n")
     (args.out / "tables.md").write_text(markdown(tables))
     print((args.out / "tables.md").read_text())
+
+
+def named(item: str) -> tuple[str, str]:
+    """Name and folder of NAME=FOLDER."""
+    name, _, folder = item.partition("=")
+    if not re.fullmatch(r"[\w.-]+", name) or not folder:
+        raise argparse.ArgumentTypeError(f"{item!r} is not NAME=FOLDER, as xp=mini")
+    return name, folder
 
 
 def ask(
@@ -234,4 +243,8 @@ def markdown(tables: Sequence[Mapping]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as e:
+        print(f"bench_in_context: {e}", file=sys.stderr)
+        sys.exit(2)

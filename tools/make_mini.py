@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import sys
 import time
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from xprompt_jax.data.levels import training_pairs
 from xprompt_jax.data.pipeline import GENERIC_INSTRUCTIONS
 from xprompt_jax.data.sources import Record
 from xprompt_jax.data.tokenise import tokenize
+from xprompt_jax.errors import UserError
 from xprompt_jax.model.chameleon import Chameleon
 from xprompt_jax.model.params import flatten, unflatten
 from xprompt_jax.model.vqgan import VQGAN
@@ -88,6 +90,8 @@ def make_store(args: argparse.Namespace, config: Config, store: Path) -> None:
     """Renders, trains the tokenizers unless they are given, and tokenises."""
     size = config.model.vq.image_size
     began = time.perf_counter()
+    known = args.tokenizers or config.train.init_from
+    ready = tokenizers_of(known) if known else None  # a wrong name is told before the work
     photos = free_photographs(size)
     records = list(training_pairs(
         groups=args.groups, pairs_per_group=args.pairs_per_group, size=size, seed=config.data.seed, photos=photos, full=args.full,
@@ -96,9 +100,8 @@ def make_store(args: argparse.Namespace, config: Config, store: Path) -> None:
     last = {r.group for r in records[-max(len(records) // 100, 4 * args.pairs_per_group) :]}
     records = [dataclasses.replace(r, split="eval" if r.group in last else "train") for r in records]
     log.info("%d pairs in %.0f s", len(records), time.perf_counter() - began)
-    known = args.tokenizers or config.train.init_from
     tokenizers = args.out / "tokenizers"
-    if not known and not tokenizers.exists():
+    if not ready and not tokenizers.exists():
         training = [r for r in records if r.split == "train"]
         rng = np.random.default_rng(config.data.seed)
         chosen = [training[i] for i in rng.permutation(len(training))[:12_000]]
@@ -108,7 +111,7 @@ def make_store(args: argparse.Namespace, config: Config, store: Path) -> None:
         )  # fmt: skip
         tokenizer = train_tokenizer(texts(training), num_codes=config.model.vq.num_codes, vocab_size=config.model.vocab_size)
         save_tokenizers(tokenizers, vqgan, tokenizer)
-    vqgan, tokenizer = tokenizers_of(str(known or tokenizers))
+    vqgan, tokenizer = ready or load_tokenizers(tokenizers)
     tokenize(records, vqgan, tokenizer, store, total=len(records))
     log.info("store made in %.0f s", time.perf_counter() - began)
 
@@ -151,4 +154,8 @@ def texts(records: list[Record]):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as e:
+        print(f"make_mini: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -33,6 +33,15 @@ def test_models_that_share_a_number_are_compared_in_the_same_episodes():
     assert "| xp2400 - causal2400 | generic | parameters | +1.00 [+1.00, +1.00] |" in page and "| causal2400 - xp2400 |" not in page
 
 
+def test_a_group_is_one_of_its_level():
+    """Groups of two levels may share a name; over all levels they count as two, so one level's lead is half of a lead."""
+    both = lambda ahead: episodes(ahead) + [row | {"level": "tasks"} for row in episodes(15.0)]
+    told = bench.summary({"xp1": both(16.0), "causal1": both(15.0)})
+    row = next(t for t in told if t["model"] == "xp1" and (t["level"], t["words"], t["measure"]) == ("all", "named", "all"))
+    (mean, low, high) = row["beside"]["causal1"]
+    assert row["episodes"] == 16 and mean == 0.5 and low < 0.5 < high
+
+
 def test_other_pictures_are_not_the_same_episodes():
     told = bench.summary({"xp1": episodes(16.0), "causal1": episodes(15.0, copied=11.0)})
     assert all("beside" not in t for t in told)

@@ -25,7 +25,7 @@ import numpy as np
 import tyro
 
 from xprompt_jax.commands.train import load_config
-from xprompt_jax.config import Config
+from xprompt_jax.config import Config, ModelConfig
 from xprompt_jax.convert.formats import open_source
 from xprompt_jax.convert.native import load_tokenizers, save_tokenizers
 from xprompt_jax.convert.weights import load_vqgan, tokenizer_of
@@ -35,7 +35,7 @@ from xprompt_jax.data.pipeline import GENERIC_INSTRUCTIONS
 from xprompt_jax.data.sources import Record
 from xprompt_jax.data.tokenise import tokenize
 from xprompt_jax.errors import UserError
-from xprompt_jax.model.chameleon import Chameleon
+from xprompt_jax.model.chameleon import Chameleon, abstract_model
 from xprompt_jax.model.params import flatten, unflatten
 from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.prompt import DESCRIBE_QUESTION
@@ -80,6 +80,14 @@ def main() -> None:
             if not args.plain_start:
                 decoder = know_colours(decoder, np.asarray(flatten(vqgan)["quantize.embedding.weight"]), config.train.seed)
             XPrompt(decoder, vqgan, tokenizer).save_pretrained(start)
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(start)))
+    elif (known := open_source(config.train.init_from)).config.num_xp_tokens < config.model.num_xp_tokens:
+        start = args.out / "start" / f"{Path(config.train.init_from).name}_{config.model.num_xp_tokens}"
+        if not start.exists():
+            XPrompt(
+                more_xp(XPrompt.from_pretrained(config.train.init_from).decoder, config.model, config.train.seed), load_vqgan(known),
+                tokenizer_of(known),
+            ).save_pretrained(start)  # fmt: skip
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(start)))
     clock = time.perf_counter()
     run_training(config, args.out / args.run)
@@ -143,6 +151,19 @@ def know_colours(decoder: Chameleon, codebook: np.ndarray, seed: int) -> Chamele
     params["embed"] = params["embed"].at[rows].set(project(keys[0], params["embed"][rows]))
     params["head"] = params["head"].at[:, rows].set(project(keys[1], params["head"][:, rows].T).T)
     return unflatten(decoder, params)
+
+
+def more_xp(decoder: Chameleon, config: ModelConfig, seed: int) -> Chameleon:
+    """Its XP tokens again and again until there are as many as `config` asks: they start as what is known to carry a task.
+
+    Rows that say the same stand at places of their own; noise of a tenth of their spread besides lets them part.
+    """
+    params = flatten(decoder)
+    xp = params["xp"]
+    again = jnp.tile(xp, (-(-config.num_xp_tokens // len(xp)), 1))[: config.num_xp_tokens]
+    noise = 0.1 * jnp.std(xp) * jax.random.normal(jax.random.key(seed), again.shape, xp.dtype)
+    params["xp"] = again + noise.at[: len(xp)].set(0.0)
+    return unflatten(abstract_model(config), params)
 
 
 def texts(records: list[Record]):

@@ -8,22 +8,24 @@ import PIL.Image
 import pytest
 
 from tests.convert.folders import meta_folder
-from tests.helpers import FP32, TINY
+from tests.helpers import FP32, TINY, random_decoder
 from xprompt_jax import UserError, XPrompt
 from xprompt_jax.cli import main
 from xprompt_jax.config import BucketConfig, Config, DataConfig, MeshConfig, OptimConfig, TrainConfig
 from xprompt_jax.convert.formats import open_source
+from xprompt_jax.convert.native import load_tokenizers
 from xprompt_jax.data.store import Store
 from xprompt_jax.model.params import flatten
 from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.runner import export_checkpoint, run_training
+from xprompt_jax.tokens import train_tokenizer
 
 
 def config(store, **train):
     bucket = BucketConfig("in_context", examples=1, context=96, todo=96, answer=19, rows=8)
     return Config(
         model=TINY, compute=FP32, data=DataConfig(store=str(store), buckets=(bucket,)),
-        optim=OptimConfig(warmup_steps=1), train=TrainConfig(steps=2, eval_batches=1, **{"save_every": 2, "eval_every": 1} | train),
+        optim=OptimConfig(warmup_steps=1), train=TrainConfig(eval_batches=1, **{"steps": 2, "save_every": 2, "eval_every": 1} | train),
     )  # fmt: skip
 
 
@@ -41,6 +43,23 @@ def test_held_out_pictures_while_training(world_store, tmp_path):
             for column, number in ((0, example.input), (1, example.output), (2, query.input), (4, query.output)):
                 want = np.asarray(stored.decode_images(codes[number][None].astype(np.int32))[0])
                 np.testing.assert_array_equal(picture[16 * row : 16 * row + 16, 16 * column : 16 * column + 16], want)
+
+
+def test_a_start_with_other_tokenizers_is_told(world_store, tmp_path, caplog):
+    """The store's own raise no alarm; the codes or the words of others mean something else, which no loss would say."""
+    vqgan, tokenizer = load_tokenizers(world_store / "tokenizers")
+    others = train_tokenizer(["quite other words"] * 9, num_codes=TINY.vq.num_codes, vocab_size=TINY.vocab_size)
+    for name, parts, alarms in (
+        ("same", (vqgan, tokenizer), []),
+        ("words", (vqgan, others), ["text tokenizer"]),
+        ("codes", (VQGAN(TINY.vq, jax.random.key(7)), tokenizer), ["image tokenizer"]),
+    ):
+        XPrompt(random_decoder(), *parts).save_pretrained(tmp_path / name)
+        caplog.clear()
+        run_training(config(world_store, steps=1, eval_every=0, init_from=str(tmp_path / name)), tmp_path / f"{name}_run", progress=False)
+        told = [r.getMessage() for r in caplog.records if "was taught with another" in r.getMessage()]
+        assert len(told) == len(alarms)
+        assert all(alarm in line and str(tmp_path / name) in line for alarm, line in zip(alarms, told, strict=True))
 
 
 def test_a_run_starts_from_any_format(world_store, tmp_path):

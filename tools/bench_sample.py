@@ -11,10 +11,9 @@ alone. Float32, every contender in a process of its own, compiled and warm, torc
     ours        XPrompt.generate: one by one with the example given (compiled on the way), the same from codes to codes, the same with a
                 compiled prompt, then parallel
 
-Hugging Face gets the example in its context, and guidance as two rows of one batch whose token one logits processor draws: its own
-`guidance_scale` computes a second forward for every token, which would be slower. Its time has no image tokenizer in it, as ours has
-not in the row "codes to codes"; in the others it has, from pixels to pixels. First logits must agree. Prints seconds an image, the
-fastest of --repeats; writes benchmarks/results/sample.json.
+Hugging Face gets the example in its context, and guidance as two rows of one batch (_huggingface.py). Its time has no image tokenizer in
+it, as ours has not in the row "codes to codes"; in the others it has, from pixels to pixels. First logits must agree. Prints seconds an
+image, the fastest of --repeats; writes benchmarks/results/sample.json.
 """
 
 import argparse
@@ -28,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 from _bench import run_alone, save
+from _huggingface import compile_options, guided_draw
 
 from xprompt_jax.config import PRESETS
 
@@ -211,17 +211,12 @@ def measure_eager(folder: str, photos: Path | None, batches: list[int], repeats:
 
 def measure_compiled(folder: str, photos: Path | None, batches: list[int], repeats: int) -> dict:
     """With a static cache, and each step compiled."""
-    from transformers import CompileConfig
-
-    compiling = CompileConfig(mode=None, dynamic=False)
-    compiling._compile_all_devices = True  # transformers' own switch for doing on a CPU what it does on a GPU
-    return measure_torch(folder, photos, batches, repeats, cache_implementation="static", compile_config=compiling)
+    return measure_torch(folder, photos, batches, repeats, **compile_options())
 
 
 def measure_torch(folder: str, photos: Path | None, batches: list[int], repeats: int, **options) -> dict:
     """`generate` on prompts in tokens."""
     import torch
-    from transformers import LogitsProcessor, LogitsProcessorList
 
     from xprompt_jax.convert.formats import open_source
     from xprompt_jax.convert.verify import torch_decoder
@@ -229,30 +224,7 @@ def measure_torch(folder: str, photos: Path | None, batches: list[int], repeats:
     model, _, full, bare = load(folder, photos, max(batches))
     theirs = torch_decoder(open_source(folder))
     theirs.set_attn_implementation("sdpa")
-    v, count = model.tokenizer.vocab, model.config.vq.grid**2
-    codes = slice(v.image_start, v.image_start + v.num_codes)
-
-    class Guided(LogitsProcessor):
-        """Guides, and draws one token for both rows of an image."""
-
-        def __call__(self, input_ids, scores):
-            bare, full = scores[:, codes].chunk(2)
-            guided = bare + SCALE * (full - bare)
-            noise = -torch.log(-torch.log(torch.rand_like(guided).clamp(1e-20, 1 - 1e-7)))
-            drawn = torch.argmax(guided + noise, -1) + v.image_start
-            return torch.full_like(scores, -torch.inf).scatter_(1, drawn.repeat(2)[:, None], 0.0)
-
-    def draw(batch: int) -> None:
-        rows = bare[:batch] + full[:batch]
-        width = max(map(len, rows))
-        ids = torch.tensor(np.stack([np.pad(r, (width - len(r), 0), constant_values=v.pad) for r in rows]))
-        mask = torch.tensor(np.stack([np.arange(width) >= width - len(r) for r in rows]).astype(int))
-        with torch.no_grad():
-            out = theirs.generate(
-                input_ids=ids, attention_mask=mask, do_sample=False, min_new_tokens=count, max_new_tokens=count,
-                pad_token_id=v.pad, eos_token_id=None, logits_processor=LogitsProcessorList([Guided()]), **options,
-            )  # fmt: skip
-        assert out.shape[1] == width + count and ((out[:, width:] >= codes.start) & (out[:, width:] < codes.stop)).all()
+    draw = guided_draw(theirs, bare, full, model.tokenizer.vocab, model.config.vq.grid**2, SCALE, **options)
 
     with torch.no_grad():
         told: dict = {"first_logits": theirs(input_ids=torch.tensor(full[0][None])).logits[0, -1].tolist()}

@@ -24,13 +24,15 @@ from xprompt_jax.errors import UserError
 from xprompt_jax.mesh import make_mesh
 from xprompt_jax.model.chameleon import abstract_model
 from xprompt_jax.model.params import flatten, unflatten
+from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.prompt import Prompter
 from xprompt_jax.sample.pretrained import load
 from xprompt_jax.sample.sampler import Example, XPrompt
-from xprompt_jax.tokens import Layout
+from xprompt_jax.tokens import Layout, Tokenizer
 from xprompt_jax.train.loop import train
 from xprompt_jax.train.optim import make_optimizer, merge
 from xprompt_jax.train.state import TrainState, abstract_state
+from xprompt_jax.train.vqgan import CODEBOOK
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +73,7 @@ def run_training(config: Config, workdir: str | Path, *, progress: bool = True) 
         draw = _sampler(config, Path(workdir), store, lambda state: XPrompt(decoder_of(config, state), vqgan, tokenizer))
     state = train(
         config, workdir, rows, eval_data=held_out, names=rows.names, on_eval=draw, progress=progress,
-        initial=(lambda: _start(config)) if config.train.init_from else None,
+        initial=(lambda: _start(config, vqgan, tokenizer)) if config.train.init_from else None,
     )  # fmt: skip
     if int(state.step) < config.train.steps:
         return None
@@ -113,13 +115,19 @@ def export_checkpoint(workdir: str | Path, out: str | Path, *, step: int | None 
     return chosen
 
 
-def _start(config: Config) -> dict[str, jax.Array]:
-    """The weights of `train.init_from`, on the run's mesh."""
-    start = load(
-        config.train.init_from or "", dtype=jnp.float32, mesh=make_mesh(config.mesh), num_xp_tokens=config.model.num_xp_tokens
-    )  # fmt: skip
+def _start(config: Config, vqgan: VQGAN, tokenizer: Tokenizer) -> dict[str, jax.Array]:
+    """The weights of `train.init_from`, on the run's mesh; the run's model gets the store's tokenizers, and is told where those differ."""
+    name, store = config.train.init_from or "", config.data.store
+    start = load(name, dtype=jnp.float32, mesh=make_mesh(config.mesh), num_xp_tokens=config.model.num_xp_tokens)
     if start.config != config.model:
-        raise UserError(f"{config.train.init_from} has another architecture than `model` in the config; use its config.json's values")
+        raise UserError(f"{name} has another architecture than `model` in the config; use its config.json's values")
+    if start.tokenizer.words() != tokenizer.words():
+        log.warning("%s was taught with another text tokenizer than %s has: its words mean something else here; tokenize again with "
+                    "--model %s", name, store, name)  # fmt: skip
+    known, used = (np.asarray(flatten(v)[CODEBOOK]) for v in (start.vqgan, vqgan))
+    if not np.allclose(known, used, rtol=1e-2, atol=1e-3):
+        log.warning("%s was taught with another image tokenizer than made %s: its codes mean something else here; tokenize again with "
+                    "--model %s", name, store, name)  # fmt: skip
     return flatten(start.decoder)
 
 

@@ -63,10 +63,10 @@ def test_the_quick_recipe_goes_on_from_the_mini_on_a_store_of_plain_pairs():
     assert all(bucket.kind == "image" for bucket in config.data.buckets)  # a store of plain pairs has no descriptions
 
 
-def test_the_recipe_for_several_examples_goes_on_from_the_mini():
+def test_the_second_stage_makes_what_ships_of_what_the_first_makes():
     from xprompt_jax.commands.train import load_config
     from xprompt_jax.convert.formats import open_source
 
-    config = load_config(Path(__file__).parents[1] / "configs/mini_several.py")
-    assert config.model == open_source("mini").config and config.train.init_from == "mini"
+    first, config = (load_config(Path(__file__).parents[1] / "configs" / name) for name in ("mini_cpu.py", "mini_several.py"))
+    assert config.model == open_source("mini").config == dataclasses.replace(first.model, num_xp_tokens=config.model.num_xp_tokens)
     assert {bucket.examples for bucket in config.data.buckets if bucket.kind == "image"} == {1, 2, 4, 8}

@@ -207,6 +207,7 @@ def measure_ours(config: ModelConfig, dtype: str, args: argparse.Namespace):
     # The tokenizer's weights are never used: codes go in and come out.
     vqgan = jax.eval_shape(lambda: VQGAN(config.vq, jax.random.key(0)))
     model = XPrompt(decoder, vqgan, words, compute=ComputeConfig(dtype=dtype), cache=cache)
+    model.fingerprint = "random"  # nothing here is kept
     example, bare, full, codes = prompts_of(config, model.prompter, max(args.batches))
     task = model._compile_tokens([example])
     scales = np.array(list(Guidance(task=SCALE, text=SCALE).weights().values()), np.float32)

@@ -26,8 +26,10 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import functools
 import gzip
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -36,6 +38,7 @@ import sys
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -71,25 +74,26 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 draws greedily")
     parser.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS)
     parser.add_argument("--tasks", nargs="+", help="these alone")
+    parser.add_argument("--processes", type=int, default=1, help="that draw, each on its share of the cores: small models are faster so")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/in_context"))
     parser.add_argument("--tables", action="store_true", help="only make the tables again")
     args = parser.parse_args()
+    if args.processes < 1:
+        raise UserError(f"--processes {args.processes}: at least 1 draws")
     place = args.out / "episodes"
     place.mkdir(parents=True, exist_ok=True)
     about = args.out / "results.json"
     told = json.loads(about.read_text()) if about.exists() else {"models": {}}
     for name, folder in args.models:
-        model = XPrompt.from_pretrained(folder)
-        photos = photographs(args.photos, model.config.vq.image_size) if args.photos else []
+        model, photos = opened(folder, args.photos)
         settings = {"fingerprint": model.fingerprint, "groups": args.groups, "queries": args.queries, "photos": len(photos)}
         settings |= {"guidance": args.guidance, "temperature": args.temperature}
         file, known = place / f"{name}.csv.gz", told["models"].get(name, {})
         rows = read(file) if file.exists() and settings.items() <= known.items() else []
         done = {(row["level"], int(row["seed"])) for row in rows}
-        for seed, level in ((seed, level) for seed in range(args.seeds) for level in args.levels):
-            if (level, seed) in done:
-                continue
-            rows += ask(model, name, level, seed, photos, args)
+        jobs = [(level, seed) for seed in range(args.seeds) for level in args.levels if (level, seed) not in done]
+        for found in answers(jobs, name, folder, args):
+            rows += found
             with atomic_path(file) as path, gzip.open(path, "wt", newline="", compresslevel=9) as f:
                 writer = csv.DictWriter(f, [*KEYS, *(f"{arm}/{measure}" for arm in ARMS for measure in MEASURES)])
                 writer.writeheader()
@@ -114,6 +118,37 @@ def named(item: str) -> tuple[str, str]:
     if not re.fullmatch(r"[\w.-]+", name) or not folder:
         raise argparse.ArgumentTypeError(f"{item!r} is not NAME=FOLDER, as xp=mini")
     return name, folder
+
+
+@functools.cache
+def opened(folder: str, photos: Path | None) -> tuple[XPrompt, list[np.ndarray]]:
+    """A model, and photographs of its size."""
+    model = XPrompt.from_pretrained(folder)
+    return model, photographs(photos, model.config.vq.image_size) if photos else []
+
+
+def answers(jobs: Sequence[tuple[Level, int]], name: str, folder: str, args: argparse.Namespace) -> Iterator[list[Row]]:
+    """The episodes of each (level, seed), in order; drawn by `--processes` of them."""
+    if args.processes == 1:
+        yield from (answer(job, name, folder, args) for job in jobs)
+        return
+    context, cores = multiprocessing.get_context("spawn"), sorted(os.sched_getaffinity(0))
+    shares = context.Queue()
+    for i in range(args.processes):
+        shares.put(cores[i % len(cores) :: args.processes])
+    with ProcessPoolExecutor(args.processes, context, keep_to, (shares,)) as pool:
+        yield from pool.map(functools.partial(answer, name=name, folder=folder, args=args), jobs)
+
+
+def keep_to(shares: multiprocessing.Queue) -> None:
+    """Takes a share of the cores for this process, before anything is computed on them."""
+    os.sched_setaffinity(0, shares.get())
+
+
+def answer(job: tuple[Level, int], name: str, folder: str, args: argparse.Namespace) -> list[Row]:
+    """The episodes of one level and seed."""
+    model, photos = opened(folder, args.photos)
+    return list(ask(model, name, *job, photos, args))
 
 
 def ask(

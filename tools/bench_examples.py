@@ -1,6 +1,6 @@
 """What more examples give, and what retrieved ones give, on tasks that the model has never seen.
 
-    python tools/bench_examples.py --models xp=mini several=runs/mini_several/run/model
+    python tools/bench_examples.py --models xp=mini first=runs/mini_cpu/run/model
     python tools/bench_examples.py --tables        # the tables again, from the episodes that are there
 
 joined      1, 2, 4 and 8 examples of a group, compiled one by one and joined; generic words, all three levels of `data/levels.py`

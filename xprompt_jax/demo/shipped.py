@@ -1,6 +1,6 @@
 """`xprompt demo`: the model inside the package follows examples of tasks that it was never trained on.
 
-An example pair -> XP tokens -> a file of some 100 KB -> the same done to new images, beside what the controls would have drawn. The words
+An example pair -> XP tokens -> a file of some 200 KB -> the same done to new images, beside what the controls would have drawn. The words
 are the same for all tasks and say nothing ("do the same to this image"), so whatever a drawing gets right came through the XP tokens.
 """
 

@@ -48,7 +48,7 @@ def test_both_stages(make, tmp_path):
     want, had = np.asarray(second.xp_embeddings), np.asarray(first.xp_embeddings)
     np.testing.assert_allclose(want[:2], had, rtol=1e-5)  # averaged with itself
     added = want[2:] - had
-    assert want.shape == (4, 32) and 0 < np.abs(added).max() < np.std(had)
+    assert want.shape == (4, 32) and 0.01 < np.abs(added).max() / np.std(had) < 1
     np.testing.assert_allclose(second.decoder.blocks.mlp.up[...], first.decoder.blocks.mlp.up[...], rtol=1e-5)
 
 

@@ -21,13 +21,11 @@ import argparse
 import dataclasses
 import functools
 import json
-import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from _bench import run_alone, save
+from _bench import fastest, run_alone, save
 from _huggingface import compile_options, guided_draw
 
 from xprompt_jax.config import PRESETS, ModelConfig
@@ -54,6 +52,10 @@ def main() -> None:
     parser.add_argument("--one", choices=(*PRECISIONS, *THEIRS, "bandwidth"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
+    given = {name: getattr(args, name) for name in ("layers", "batches", "windows", "codes", "bandwidth", "repeats")}
+    for name, value in given.items():
+        if value is not None and min(value if isinstance(value, list) else [value], default=1) < 1:
+            parser.error(f"--{name} {value}: at least 1")
     if args.one:
         print(json.dumps(one(args)))
         return
@@ -63,6 +65,8 @@ def main() -> None:
     work += ["--windows", *args.windows]
     alone = lambda name: run_alone("--one", name, *shape, *work)
     device = alone("bandwidth")
+    if "failed" in device:
+        parser.error(f"the device cannot be measured: {device['failed']}")
     bandwidth = args.bandwidth or max(device["gb_per_second"].values())
     lines, failed = [], {}
     for name in (*args.precisions, *args.theirs):
@@ -131,16 +135,6 @@ def one(args: argparse.Namespace) -> dict:
         device = jax.devices()[0]
         return {"platform": device.platform, "device": device.device_kind, "dtype": dtype, "gb_per_second": bandwidths(dtype)}
     return {"lines": list(measure_ours(config, dtype, args))}
-
-
-def fastest(draw: Callable[[], object], repeats: int) -> float:
-    """Seconds of a call that has been made before."""
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        draw()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 def bandwidths(dtype: str) -> dict[str, float]:
@@ -300,7 +294,7 @@ def measure_theirs(config: ModelConfig, args: argparse.Namespace) -> dict:
     lines = []
     for batch in args.batches:
         draw(batch)  # compiles
-        seconds = statistics.median(fastest(functools.partial(draw, batch), 1) for _ in range(args.repeats))
+        seconds = fastest(functools.partial(draw, batch), args.repeats)
         told = {"seconds": round(seconds, 4), "seconds_an_image": round(seconds / batch, 4), "images_a_second": round(batch / seconds, 3)}
         lines.append({"contender": args.one, "device": device, "example": "kept", "batch": batch, **told})
     return {"lines": lines}

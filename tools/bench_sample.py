@@ -22,11 +22,10 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
-from _bench import run_alone, save
+from _bench import fastest, run_alone, save
 from _huggingface import compile_options, guided_draw
 
 from xprompt_jax.config import PRESETS
@@ -139,16 +138,6 @@ def load(folder: str, photos: Path | None, count: int):
     full = [np.array([v.bos, *example, *p.task(INSTRUCTION, c), v.boi]) for c in codes[2:]]
     bare = [np.array([v.bos, *p.task("", c), v.boi]) for c in codes[2:]]
     return model, shown, full, bare
-
-
-def fastest(draw, repeats: int) -> float:
-    """Seconds of a call that has been compiled before: what else runs on the machine can only add to them."""
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        draw()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 def measure_ours(folder: str, photos: Path | None, batches: list[int], repeats: int) -> dict:

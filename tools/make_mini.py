@@ -81,13 +81,11 @@ def main() -> None:
                 decoder = know_colours(decoder, np.asarray(flatten(vqgan)["quantize.embedding.weight"]), config.train.seed)
             XPrompt(decoder, vqgan, tokenizer).save_pretrained(start)
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(start)))
-    elif (known := open_source(config.train.init_from)).config.num_xp_tokens < config.model.num_xp_tokens:
-        start = args.out / "start" / f"{Path(config.train.init_from).name}_{config.model.num_xp_tokens}"
+    elif open_source(config.train.init_from).config.num_xp_tokens < config.model.num_xp_tokens:
+        known = XPrompt.from_pretrained(config.train.init_from, dtype=jnp.float32)
+        start = args.out / "start" / f"{known.fingerprint}_{config.train.seed}_{config.model.num_xp_tokens}"
         if not start.exists():
-            XPrompt(
-                more_xp(XPrompt.from_pretrained(config.train.init_from).decoder, config.model, config.train.seed), load_vqgan(known),
-                tokenizer_of(known),
-            ).save_pretrained(start)  # fmt: skip
+            XPrompt(more_xp(known.decoder, config.model, config.train.seed), known.vqgan, known.tokenizer).save_pretrained(start)
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(start)))
     clock = time.perf_counter()
     run_training(config, args.out / args.run)

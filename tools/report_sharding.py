@@ -34,15 +34,17 @@ def abstract_batches(config: Any, mesh: Any) -> dict[str, dict[str, Any]]:
     from jax.sharding import NamedSharding
 
     from xprompt_jax.mesh import spec
+    from xprompt_jax.prompt import most_targets
     from xprompt_jax.train.step import shapes_of
 
     shapes, sharding = shapes_of(config), NamedSharding(mesh, spec("batch"))
+    targets = {b.name: most_targets(b, shapes[b.name], config.data.loss) for b in config.data.buckets}
     array = lambda *shape, dtype=np.int32: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
     return {
         b.name: {
             "ids": array(b.rows, shapes[b.name].length), "positions": array(b.rows, shapes[b.name].length),
             "example_lengths": array(b.rows, shapes[b.name].examples),
-            "targets": array(b.rows, b.answer), "weights": array(b.rows, b.answer, dtype=np.float32),
+            "targets": array(b.rows, targets[b.name]), "weights": array(b.rows, targets[b.name], dtype=np.float32),
         }
         for b in config.data.buckets
     }  # fmt: skip

@@ -144,7 +144,7 @@ class BucketConfig:
     todo: int
     """Slots for the task: instruction, input image, answer."""
     answer: int
-    """Most tokens of a row that carry loss."""
+    """Most tokens of a row that carry loss; where `data.loss` is todo, all of the task's may."""
     rows: int
     """Rows of this bucket in every step, over all hosts."""
     kind: Literal["image", "describe", "text_to_image"] = "image"

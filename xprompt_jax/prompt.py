@@ -205,6 +205,11 @@ def todo_start(example_lengths: Sequence[int], num_xp: int) -> int:
     return 1 + max((int(n) + num_xp for n in example_lengths), default=0)
 
 
+def most_targets(bucket: BucketConfig, shape: SlotShape, loss: str) -> int:
+    """A, the most tokens of a bucket's row that carry loss: its `answer`, or under the loss "todo" every task slot."""
+    return shape.todo if loss == "todo" else bucket.answer
+
+
 def stack(rows: Sequence[Slots], max_targets: int) -> dict[str, np.ndarray]:
     """A batch of rows of one shape, as the training step takes it.
 

@@ -13,7 +13,7 @@ from xprompt_jax.data.palettes import HELD_OUT
 from xprompt_jax.data.pipeline import Episodes, Rows
 from xprompt_jax.data.table import Pair, Pairs
 from xprompt_jax.errors import UserError
-from xprompt_jax.prompt import Prompter
+from xprompt_jax.prompt import Prompter, SlotShape
 from xprompt_jax.tokens import Layout, train_tokenizer
 
 PROMPTER = Prompter(tiny_tokenizer(), Layout("plain", tiny_tokenizer().vocab, 4))
@@ -174,6 +174,18 @@ def test_choices_are_what_the_rows_show(store):
         assert [name.split(" pair ")[1] for name in rows.names(step)] == [
             f"{c.pair + 1}{' reversed' if c.reverse else ''}" for b in BUCKETS for c in choices[b.name]
         ]
+
+
+@pytest.mark.parametrize("mode", ["xprompt", "causal", "none"])
+def test_the_loss_on_whole_tasks_needs_no_setting_beside(store, mode):
+    # Of every bucket: answers are a small part of these rows.
+    for name, batch in Rows(store, PROMPTER, DataConfig(buckets=BUCKETS, mode=mode, loss="todo"), 3)(0).items():
+        answers = Rows(store, PROMPTER, DataConfig(buckets=BUCKETS, mode=mode), 3)(0)[name]
+        shape = SlotShape.of(next(b for b in BUCKETS if b.name == name), 3, mode)
+        for row, of_answer in zip(range(len(batch["ids"])), answers["targets"], strict=True):
+            asked = set(batch["targets"][row]) - {0}
+            assert asked > set(of_answer) - {0}
+            assert asked == set(shape.xp_end + np.flatnonzero(batch["positions"][row, shape.xp_end :]))
 
 
 def test_several_inputs_need_a_bucket_without_examples():

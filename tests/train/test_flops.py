@@ -1,5 +1,7 @@
 """The formula behind MFU, held against what XLA counts in the program that it made."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -68,6 +70,13 @@ def test_training_step(optim):
     scores_made_again = 2 * backward * model.num_heads * model.head_dim * squares
     formula = step_flops(config) + ROWS * (computed_though_hidden + head_made_again + scores_made_again)
     assert formula < counted < 1.025 * formula
+
+
+def test_the_loss_on_whole_tasks_is_counted():
+    config, answers = config_of(1, layers=1), 16
+    bucket = dataclasses.replace(config.data.buckets[0], answer=answers)
+    steps = {loss: step_flops(dataclasses.replace(config, data=DataConfig(buckets=(bucket,), loss=loss))) for loss in ("answer", "todo")}
+    assert steps["todo"] - steps["answer"] == ROWS * 6 * config.model.dim * config.model.vocab_size * (bucket.todo - answers)
 
 
 def test_without_xp_tokens_nothing_has_a_gradient():

@@ -25,7 +25,7 @@ from xprompt_jax.data.retrieval import RetrievalIndex
 from xprompt_jax.data.store import Store
 from xprompt_jax.data.table import Pair
 from xprompt_jax.errors import UserError
-from xprompt_jax.prompt import DESCRIBE_QUESTION, Prompter, Sample, Slots, SlotShape, fill, stack
+from xprompt_jax.prompt import DESCRIBE_QUESTION, Prompter, Sample, Slots, SlotShape, fill, most_targets, stack
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Rows:
             seed = int(np.random.SeedSequence([config.seed, number, split == "train"]).generate_state(1)[0])
             choices = _order(episodes, mixture, seed).random_map(episodes.choose, seed=seed)
             rows = choices.map(episodes.slots)
-            join = functools.partial(stack, max_targets=bucket.answer)
+            join = functools.partial(stack, max_targets=most_targets(bucket, episodes.shape, config.loss))
             self._choices[bucket.name] = choices
             self._batches[bucket.name] = rows[index::count].batch(bucket.rows // count, batch_fn=join)
 

@@ -15,7 +15,7 @@ import numpy as np
 from xprompt_jax.config import Config, ModelConfig, OptimConfig
 from xprompt_jax.errors import UserError
 from xprompt_jax.files import atomic_path
-from xprompt_jax.prompt import SlotShape
+from xprompt_jax.prompt import SlotShape, most_targets
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,8 @@ def row_flops(model: ModelConfig, shape: SlotShape, answers: int, optim: OptimCo
 def step_flops(config: Config) -> float:
     """Floating-point operations of one step over all devices."""
     shapes = {b.name: SlotShape.of(b, config.model.num_xp_tokens, config.data.mode) for b in config.data.buckets}
-    return sum(b.rows * row_flops(config.model, shapes[b.name], b.answer, config.optim) for b in config.data.buckets)
+    answers = {b.name: most_targets(b, shapes[b.name], config.data.loss) for b in config.data.buckets}
+    return sum(b.rows * row_flops(config.model, shapes[b.name], answers[b.name], config.optim) for b in config.data.buckets)
 
 
 def padding_fraction(batch: Mapping[str, Mapping[str, np.ndarray]]) -> float:

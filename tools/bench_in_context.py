@@ -81,7 +81,6 @@ def main() -> None:
     if args.processes < 1:
         raise UserError(f"--processes {args.processes}: at least 1 draws")
     place = args.out / "episodes"
-    place.mkdir(parents=True, exist_ok=True)
     about = args.out / "results.json"
     told = json.loads(about.read_text()) if about.exists() else {"models": {}}
     for name, folder in args.models:
@@ -94,6 +93,7 @@ def main() -> None:
         jobs = [(level, seed) for seed in range(args.seeds) for level in args.levels if (level, seed) not in done]
         for found in answers(jobs, name, folder, args):
             rows += found
+            place.mkdir(parents=True, exist_ok=True)
             with atomic_path(file) as path, gzip.open(path, "wt", newline="", compresslevel=9) as f:
                 writer = csv.DictWriter(f, [*KEYS, *(f"{arm}/{measure}" for arm in ARMS for measure in MEASURES)])
                 writer.writeheader()
@@ -106,6 +106,8 @@ def main() -> None:
             }  # fmt: skip
             about.write_text(json.dumps(told, indent=2) + "\n")
     episodes = {path.name.removesuffix(".csv.gz"): read(path) for path in sorted(place.glob("*.csv.gz"))}
+    if not episodes:
+        raise UserError(f"{place}: no episodes yet; name --models to ask")
     tables = summary(episodes)
     about.write_text(json.dumps({**told, "tables": tables}, indent=2) + "\n")
     (args.out / "tables.md").write_text(markdown(tables))

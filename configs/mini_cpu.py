@@ -1,6 +1,6 @@
-"""The mini for two CPU cores: 64-pixel images as 8 x 8 codes, 2.3 million parameters, about two hours (tools/make_mini.py).
+"""The mini for two CPU cores: 64-pixel images as 8 x 8 codes, 2.6 million parameters, about two hours (tools/make_mini.py).
 
-Memory: weights, gradients and two moments in float32 are 37 MB; 20 rows of some 340 slots add less than 1 GiB.
+Memory: weights, gradients, two moments and the moving average in float32 are 51 MB; 20 rows of some 340 slots add less than 1 GiB.
 """
 
 from xprompt_jax.config import BucketConfig, ComputeConfig, Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig, VQConfig

@@ -242,7 +242,7 @@ def summary(rows: Sequence[dict]) -> list[dict]:
                     for key, value in values[arm].items():
                         by_group[key[0]].append(value - values[against][key])
                     mean, low, high = paired_bootstrap([float(np.mean(d)) for d in by_group.values()])
-                    line[arm] = [round(v, 3) for v in (float(np.mean(list(values[arm].values()))), mean, low, high)]
+                    line[arm] = [round(v, 5) for v in (float(np.mean(list(values[arm].values()))), mean, low, high)]
                 found.append(line)
     return found
 

@@ -260,9 +260,9 @@ class Table4(DrawingFlags):
     out: Path
     """Folder for the table and its runs; started again, it goes on."""
     causal: str = ""
-    """The same trained with the example in sight (train.mode causal)."""
+    """The same trained with the example in sight (data.mode causal)."""
     none: str = ""
-    """The same trained without examples (train.mode none)."""
+    """The same trained without examples (data.mode none)."""
     full: str = ""
     """A model that was trained on the tasks."""
     low_light: Path | None = None

@@ -38,7 +38,7 @@ SHOWN: Mapping[str, Level] = {
     "sepia": "parameters", "tone_curve": "parameters", "depth_ramp": "parameters", "normals": "parameters", "foreground": "parameters",
     "denoise": "parameters", "derain": "tasks", "low_light": "tasks",
 }  # fmt: skip
-"""Tasks, of those that the model does well, and how new they are (`data/levels.py`); docs/in_context.md tells of all."""
+"""Tasks, and how new they are (`data/levels.py`): dense, style and restoration; docs/in_context.md tells of all, edits included."""
 NEWNESS: Mapping[Level, str] = {
     "parameters": "a trained kind of task with parameters that training never drew",
     "combinations": "parts that were trained, never together",

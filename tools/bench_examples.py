@@ -111,11 +111,11 @@ def draw(model: XPrompt, prompts: Sequence[CompiledPrompt], records: Sequence[Re
         yield from (np.asarray(image) for image in model.generate(said, [r.input for r in part], top_k=1))
 
 
-def scored(asked: str, shown: object, level: str, records: Sequence[Record], images: Iterator[np.ndarray]) -> Iterator[dict]:
+def scored(part: str, shown: object, level: str, records: Sequence[Record], images: Iterator[np.ndarray]) -> Iterator[dict]:
     """A line for each image."""
     for i, (r, image) in enumerate(zip(records, images, strict=True)):
         yield {
-            "part": asked, "shown": shown, "level": level, "task": r.task, "group": r.group, "query": i,
+            "part": part, "shown": shown, "level": level, "task": r.task, "group": r.group, "query": i,
             "all": round(psnr_rgb(image, r.output), 3), "changed": round(changed_region_psnr(r.input, image, r.output), 3),
         }  # fmt: skip
 

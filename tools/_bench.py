@@ -1,5 +1,6 @@
 """What benchmarks of several contenders share: each runs in a process of its own, and a result says where it was measured."""
 
+import argparse
 import json
 import os
 import platform
@@ -10,6 +11,17 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A flag's type: a whole number that is not smaller."""
+
+    def number(text: str) -> int:
+        if not text.lstrip("-").isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return number
 
 
 def run_alone(*flags: object) -> dict:

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from _bench import fastest, run_alone, save
+from _bench import at_least, fastest, run_alone, save
 from _huggingface import compile_options, guided_draw
 
 from xprompt_jax.config import PRESETS, ModelConfig
@@ -40,22 +40,20 @@ def main() -> None:
     """Parses the flags; runs the contenders, or (with --one) is one of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=sorted(PRESETS), default="7b")
-    parser.add_argument("--layers", type=int, help="fewer than the model has, where memory or time does not suffice")
+    parser.add_argument("--layers", type=at_least(1), help="fewer than the model has, where memory or time does not suffice")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="float32 on a CPU, bfloat16 elsewhere")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--windows", type=int, nargs="+", default=[8, 16, 32], help="besides one code a pass")
-    parser.add_argument("--codes", type=int, help="of each image that are drawn; all of them if not given")
+    parser.add_argument("--batches", type=at_least(1), nargs="+", default=[1, 16])
+    parser.add_argument("--windows", type=at_least(1), nargs="+", default=[8, 16, 32], help="besides one code a pass")
+    parser.add_argument("--codes", type=at_least(1), help="of each image that are drawn; all of them if not given")
     parser.add_argument("--precisions", nargs="*", choices=PRECISIONS, default=list(PRECISIONS), help="weights/cache")
     parser.add_argument("--theirs", nargs="*", choices=THEIRS, default=list(THEIRS))
     parser.add_argument("--bandwidth", type=float, help="of the device's memory, GB/s, in place of what is measured")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=at_least(1), default=2)
     parser.add_argument("--one", choices=(*PRECISIONS, *THEIRS, "bandwidth"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
-    given = {name: getattr(args, name) for name in ("layers", "batches", "windows", "codes", "bandwidth", "repeats")}
-    for name, value in given.items():
-        if value is not None and min(value if isinstance(value, list) else [value], default=1) < 1:
-            parser.error(f"--{name} {value}: at least 1")
+    if args.bandwidth is not None and not 0 < args.bandwidth < float("inf"):
+        parser.error(f"--bandwidth {args.bandwidth}: give GB/s above 0")
     if args.one:
         print(json.dumps(one(args)))
         return

@@ -31,6 +31,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _bench import at_least
 from bench_in_context import generic, named, read
 from tqdm import tqdm
 
@@ -53,9 +54,9 @@ TIMES: dict[Level, int] = {"parameters": 1, "combinations": 2, "tasks": 4}
 """Groups of a task, times --groups: the fewer tasks, the more."""
 SHOWN = ("own", "retrieved", "random", "none")
 TABLES: dict[str, tuple[tuple[str, ...], str, tuple[str, ...], str]] = {
-    "joined": (("1", "2", "4", "8"), "1", ("all", "changed"), "PSNR-RGB in dB, and the difference to one example"),
+    "joined": (tuple(map(str, COUNTS)), "1", ("all", "changed"), "PSNR-RGB in dB, and the difference to one example"),
     "retrieved": (SHOWN, "random", ("all", "changed"), "PSNR-RGB in dB, and the difference to a random one"),
-    "likelihood": (("0", "1", "2", "4", "8"), "1", ("nats",), "nats a code (less is better), and the difference to one example"),
+    "likelihood": (("0", *map(str, COUNTS)), "1", ("nats",), "nats a code (less is better), and the difference to one example"),
 }
 """Part -> what is shown, what it is compared with, measures, title."""
 OVER = {"all": "all pixels", "changed": "changed pixels", "nats": "codes"}
@@ -70,9 +71,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", default=[], type=named, metavar="NAME=FOLDER")
     parser.add_argument("--parts", nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--groups", type=int, default=4, help="draws of parameters of each task; twice and four times where tasks are few")
-    parser.add_argument("--queries", type=int, default=4, help="of each group")
-    parser.add_argument("--seed", type=int, default=4000)
+    parser.add_argument(
+        "--groups", type=at_least(1), default=4, help="draws of parameters of each task; twice and four times where tasks are few"
+    )
+    parser.add_argument("--queries", type=at_least(1), default=4, help="of each group")
+    parser.add_argument("--seed", type=at_least(0), default=4000)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/in_context"))
     parser.add_argument("--tables", action="store_true", help="only make the tables again")
     args = parser.parse_args()

@@ -43,6 +43,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from _bench import at_least
 
 from xprompt_jax import XPrompt
 from xprompt_jax.data.levels import LEVELS, Level, held_pairs
@@ -65,21 +66,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", default=[], type=named, metavar="NAME=FOLDER")
     parser.add_argument("--photos", type=Path, help="photographs that no model was trained on, for the restoration and style tasks")
-    parser.add_argument("--groups", type=int, default=10, help="draws of parameters of each task and seed")
+    parser.add_argument("--groups", type=at_least(1), default=10, help="draws of parameters of each task and seed")
     parser.add_argument(
-        "--queries", type=int, default=7, help="queries of a group; 10 groups x 7 queries x 3 seeds are 210 episodes a task"
+        "--queries", type=at_least(1), default=7, help="queries of a group; 10 groups x 7 queries x 3 seeds are 210 episodes a task"
     )
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=at_least(1), default=3)
     parser.add_argument("--guidance", type=float, help="scale on the example; without it there is none")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 draws greedily")
     parser.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS)
     parser.add_argument("--tasks", nargs="+", help="these alone")
-    parser.add_argument("--processes", type=int, default=1, help="that draw, each on its share of the cores: small models are faster so")
+    parser.add_argument(
+        "--processes", type=at_least(1), default=1, help="that draw, each on its share of the cores: small models are faster so"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/in_context"))
     parser.add_argument("--tables", action="store_true", help="only make the tables again")
     args = parser.parse_args()
-    if args.processes < 1:
-        raise UserError(f"--processes {args.processes}: at least 1 draws")
     place = args.out / "episodes"
     about = args.out / "results.json"
     told = json.loads(about.read_text()) if about.exists() else {"models": {}}

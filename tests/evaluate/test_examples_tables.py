@@ -36,13 +36,14 @@ def test_whole_tasks_have_lines_of_their_own():
     assert "| m | tasks | depth | all pixels | 4 | 10.50 (+0.00 [+0.00, +0.00]) |" in bench.markdown([{"model": "m", **t} for t in told])
 
 
-@pytest.mark.parametrize("examples", [1, 3])
+@pytest.mark.parametrize("examples", [0, 1, 3])
 def test_likelihoods_are_those_of_the_oracle(examples):
     model, rng = XPrompt.from_pretrained("mini"), np.random.default_rng(examples)
     vocab, image = model.tokenizer.vocab, lambda: rng.integers(0, 1024, (8, 8))
     samples = [
         Sample(
-            tuple(model.prompter.example("do the same", image(), image()) for _ in range(examples)),
+            # None is one that says nothing.
+            tuple(model.prompter.example("do the same", image(), image()) for _ in range(examples)) or (np.zeros(0, np.int32),),
             model.prompter.task("remove the rain" if i else "again", image()),
             model.prompter.image_answer(image()),
         )
@@ -50,7 +51,9 @@ def test_likelihoods_are_those_of_the_oracle(examples):
     ]
     found = list(bench.costs(model, samples, batch=2))
     for sample, cost in zip(samples, found, strict=True):
-        shape = SlotShape(examples, len(sample.examples[0]), model.config.num_xp_tokens, len(sample.prompt) + len(sample.answer))
+        shape = SlotShape(
+            len(sample.examples), len(sample.examples[0]), model.config.num_xp_tokens, len(sample.prompt) + len(sample.answer)
+        )
         row = fill(sample, shape, bos=vocab.bos, pad=vocab.pad)
         logits = model.logits(row.ids[None], row.roles[None], row.groups[None], row.positions[None])[0]
         (answer,) = np.nonzero(row.weights)

@@ -73,6 +73,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=at_least(1), default=3)
     parser.add_argument("--guidance", type=float, help="scale on the example; without it there is none")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 draws greedily")
+    parser.add_argument(
+        "--window", type=at_least(1), default=1,
+        help="codes computed at once; the images are the same: one is fastest on a CPU, 16 on an accelerator",
+    )  # fmt: skip
     parser.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS)
     parser.add_argument("--tasks", nargs="+", help="these alone")
     parser.add_argument(
@@ -168,7 +172,7 @@ def ask(
         mode = "causal" if name.startswith("causal") else "xprompt"
         law = {"guidance": args.guidance} | ({"temperature": args.temperature} if args.temperature else {"top_k": 1, "temperature": 1.0})
         count: dict[str, int] = defaultdict(int)
-        for o in run_pairs(model, episodes, no_example=True, mode=mode, seed=seed, **law):
+        for o in run_pairs(model, episodes, no_example=True, mode=mode, seed=seed, window=args.window, **law):
             query = o.episode.query
             row: dict[str, str | float] = dict(zip(KEYS, (level, words, seed, query.task, query.group, count[query.group]), strict=True))
             count[query.group] += 1

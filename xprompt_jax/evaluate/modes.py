@@ -55,7 +55,7 @@ def draw_shown(
     Args:
       shown: of one mode, one for each input.
       instructions: one for each input.
-      inputs: uint8 [size, size, 3].
+      inputs: uint8 [size, size, 3], or their codes, int32 [grid, grid].
       seed: an image depends on it and on its own prompt alone.
       sampling: defaults, temperature, top_k, top_p, guidance, decoding, window of `XPrompt.generate`.
 

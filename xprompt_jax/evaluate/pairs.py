@@ -181,6 +181,7 @@ def run_pairs(
             part = episodes[first : first + AT_ONCE]
             opened = {id(e.query): e.query for e in part}
             pictures, ceilings = read_queries(model, opened, read)
+            codes = dict(zip(opened, model.encode_images([pictures[key][0] for key in opened]), strict=True))  # once for all arms
             own, other = [shown(e.example)[0] for e in part], [shown(e.wrong, e.backwards)[0] for e in part]
             queries = [e.query for e in part] * 2
             prompts = own + other
@@ -190,7 +191,7 @@ def run_pairs(
             rows = {(id(p), id(q)): (p, q) for p, q in zip(prompts, queries, strict=True)}
             drawn = dict(zip(rows, draw_shown(
                 model, [p for p, _ in rows.values()], [q.instruction for _, q in rows.values()],
-                [pictures[id(q)][0] for _, q in rows.values()], seed=seed, **sampling,
+                [codes[id(q)] for _, q in rows.values()], seed=seed, **sampling,
             ), strict=True))  # fmt: skip
             for i, e in enumerate(part):
                 key, (before, after) = id(e.query), pictures[id(e.query)]

@@ -56,3 +56,16 @@ def test_a_wrong_start_is_told_before_the_work(make, tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         make("mini_several.py", "--train.init-from", tmp_path / "nowhere")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_start_with_other_codes_is_told_before_the_work(make, tmp_path):
+    with pytest.raises(UserError, match="mini was made by another VQGAN"):
+        make("mini_cpu.py", "--tokenizers", "mini")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("flag", "number", "least"), [("--groups", 4, 5), ("--pairs-per-group", 1, 2), ("--vq-steps", 0, 1)])
+def test_numbers_that_leave_nothing_to_train_on(make, capsys, flag, number, least):
+    with pytest.raises(SystemExit, match="2"):
+        make("mini_cpu.py", flag, number)
+    assert f"argument {flag}: '{number}' is not a whole number of at least {least}" in capsys.readouterr().err

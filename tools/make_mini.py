@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from _bench import at_least
 
 from xprompt_jax.commands.train import load_config
 from xprompt_jax.config import Config, ModelConfig
@@ -39,12 +40,15 @@ from xprompt_jax.model.chameleon import Chameleon, abstract_model
 from xprompt_jax.model.params import flatten, unflatten
 from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.prompt import DESCRIBE_QUESTION
-from xprompt_jax.runner import run_training
+from xprompt_jax.runner import check_tokenizers, run_training
 from xprompt_jax.sample.sampler import XPrompt
 from xprompt_jax.tokens import IMAGE_START, Tokenizer, train_tokenizer
 from xprompt_jax.train.vqgan import train_vqgan
 
 log = logging.getLogger("make_mini")
+
+EVAL_GROUPS = 4
+"""At least so many groups are set aside; a hundredth, where that is more."""
 
 
 def main() -> None:
@@ -52,10 +56,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", type=Path, default=Path("configs/mini_cpu.py"))
     parser.add_argument("--out", type=Path, default=Path("runs/mini_cpu"))
-    parser.add_argument("--groups", type=int, default=7000, help="draws of a sub-task's parameters")
-    parser.add_argument("--pairs-per-group", type=int, default=4)
-    parser.add_argument("--vq-steps", type=int, default=1600)
-    parser.add_argument("--vq-batch", type=int, default=16)
+    parser.add_argument(
+        "--groups", type=at_least(1 + EVAL_GROUPS), default=7000, help="draws of a sub-task's parameters; a few are not trained on"
+    )
+    parser.add_argument("--pairs-per-group", type=at_least(2), default=4, help="an example and tasks")
+    parser.add_argument("--vq-steps", type=at_least(1), default=1600)
+    parser.add_argument("--vq-batch", type=at_least(1), default=16)
     parser.add_argument("--full", action="store_true", help="hold nothing out: the benchmark's arm of full training")
     parser.add_argument("--tokenizers", help="folder of finished tokenizers, or a model that has them; those of train.init_from otherwise")
     parser.add_argument("--run", default="run", help="name of the training's folder in OUT")
@@ -76,6 +82,7 @@ def main() -> None:
         start = args.out / ("start_plain" if args.plain_start else "start") / f"{config.train.seed}_{config.model.num_xp_tokens}"
         if not start.exists():
             vqgan, tokenizer = load_tokenizers(store / "tokenizers")
+            check_tokenizers(config.model, vqgan, tokenizer, store)
             decoder = Chameleon(config.model, jax.random.key(config.train.seed))
             if not args.plain_start:
                 decoder = know_colours(decoder, np.asarray(flatten(vqgan)["quantize.embedding.weight"]), config.train.seed)
@@ -97,13 +104,16 @@ def make_store(args: argparse.Namespace, config: Config, store: Path) -> None:
     size = config.model.vq.image_size
     began = time.perf_counter()
     known = args.tokenizers or config.train.init_from
-    ready = tokenizers_of(known) if known else None  # a wrong name is told before the work
+    ready = None
+    if known:  # what is wrong is told before the work
+        ready = tokenizers_of(known)
+        check_tokenizers(config.model, *ready, known)
     photos = free_photographs(size)
     records = list(training_pairs(
         groups=args.groups, pairs_per_group=args.pairs_per_group, size=size, seed=config.data.seed, photos=photos, full=args.full,
     ))  # fmt: skip
     # The last hundredth of the groups shows while training whether it goes well; the benchmark asks other pairs.
-    last = {r.group for r in records[-max(len(records) // 100, 4 * args.pairs_per_group) :]}
+    last = {r.group for r in records[-max(len(records) // 100, EVAL_GROUPS * args.pairs_per_group) :]}
     records = [dataclasses.replace(r, split="eval" if r.group in last else "train") for r in records]
     log.info("%d pairs in %.0f s", len(records), time.perf_counter() - began)
     tokenizers = args.out / "tokenizers"

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xprompt_jax.checkpoint import Checkpoints
-from xprompt_jax.config import Config, MeshConfig, load_json
+from xprompt_jax.config import Config, MeshConfig, ModelConfig, load_json
 from xprompt_jax.convert.native import load_tokenizers
 from xprompt_jax.data.images import save_png
 from xprompt_jax.data.pipeline import Rows
@@ -37,6 +37,18 @@ from xprompt_jax.train.vqgan import CODEBOOK
 log = logging.getLogger(__name__)
 
 
+def check_tokenizers(config: ModelConfig, vqgan: VQGAN, tokenizer: Tokenizer, place: str | Path) -> None:
+    """Refuses tokenizers, found at `place`, that a model of this configuration cannot have.
+
+    Raises:
+      UserError: another VQGAN, or more words than the model knows.
+    """
+    if vqgan.config != config.vq:
+        raise UserError(f"{place} was made by another VQGAN than model.vq describes; tokenize again or change the config")
+    if tokenizer.vocab.size > config.vocab_size:
+        raise UserError(f"model.vocab_size {config.vocab_size} is below the {tokenizer.vocab.size} words of {place}; raise it")
+
+
 def run_training(config: Config, workdir: str | Path, *, progress: bool = True) -> XPrompt | None:
     """Trains and exports; resumes when `workdir` holds an unfinished run.
 
@@ -48,10 +60,7 @@ def run_training(config: Config, workdir: str | Path, *, progress: bool = True) 
     """
     store = Store.open(config.data.store)
     vqgan, tokenizer = load_tokenizers(Path(config.data.store) / "tokenizers")
-    if vqgan.config != config.model.vq:
-        raise UserError(f"{config.data.store} was made by another VQGAN than model.vq describes; tokenize again or change the config")
-    if tokenizer.vocab.size > config.model.vocab_size:
-        raise UserError(f"model.vocab_size {config.model.vocab_size} is below the tokenizer's {tokenizer.vocab.size} words; raise it")
+    check_tokenizers(config.model, vqgan, tokenizer, config.data.store)
     prompter = Prompter(tokenizer, Layout(config.model.layout, tokenizer.vocab, config.model.vq.downsample))
     host = jax.process_index(), jax.process_count()
     source = lambda split: Rows(store, prompter, config.data, config.model.num_xp_tokens, split=split, host=host)

@@ -14,7 +14,7 @@ under named words ("remove the rain") and under generic ones ("do the same to th
     full        `drawn` of the model named full and the same number, which was trained on everything
 
 Models are compared with each other, episode by episode, where their names end in the same number, such as the steps that each was
-trained for: xp2400, causal2400, full2400 (and names without a number among themselves).
+trained for: xp2400, causal2400, full2400 (and names without a number among themselves), and the same was asked with the same flags.
 
 The same command goes on where it was stopped. Writes benchmarks/in_context/: episodes/MODEL.csv.gz (a line for each episode, PSNR-RGB in
 dB over all pixels and over those that the task changes), results.json (machine, versions, commands, tables) and tables.md. Intervals are
@@ -58,6 +58,8 @@ WORDS = ("named", "generic")
 ARMS = ("copied", NO_EXAMPLE, "wrong", "drawn", "ceiling")
 KEYS = ("level", "words", "seed", "task", "group", "query")
 MEASURES = ("all", "changed")
+ASKED = ("groups", "queries", "photos", "guidance", "temperature")
+"""Settings that an episode depends on besides its model: the example of a group, for one, is another where it has more queries."""
 Row = Mapping[str, str | float]
 
 
@@ -113,7 +115,7 @@ def main() -> None:
     episodes = {path.name.removesuffix(".csv.gz"): read(path) for path in sorted(place.glob("*.csv.gz"))}
     if not episodes:
         raise UserError(f"{place}: no episodes yet; name --models to ask")
-    tables = summary(episodes)
+    tables = summary(episodes, told["models"])
     about.write_text(json.dumps({**told, "tables": tables}, indent=2) + "\n")
     (args.out / "tables.md").write_text(markdown(tables))
     print((args.out / "tables.md").read_text())
@@ -193,11 +195,16 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(f))
 
 
-def summary(episodes: Mapping[str, Sequence[Row]]) -> list[dict]:
-    """A row for each model, kind of words, level and measure: means over tasks, and paired differences with their intervals."""
+def summary(episodes: Mapping[str, Sequence[Row]], models: Mapping[str, Mapping] | None = None) -> list[dict]:
+    """A row for each model, kind of words, level and measure: means over tasks, and paired differences with their intervals.
+
+    Args:
+      models: settings of each, ASKED among them.
+    """
     found = []
     for name, rows in episodes.items():
-        others = {other: keyed(of_other) for other, of_other in episodes.items() if other != name and family(other) == family(name)}
+        its_family = family(name, models)
+        others = {other: keyed(of_other) for other, of_other in episodes.items() if other != name and family(other, models) == its_family}
         for words in WORDS:
             for level in (*LEVELS, "all"):
                 mine = [row for row in rows if row["words"] == words and level in (row["level"], "all")]
@@ -206,9 +213,10 @@ def summary(episodes: Mapping[str, Sequence[Row]]) -> list[dict]:
     return found
 
 
-def family(name: str) -> str:
-    """The number at the end of a name: models that share it are compared."""
-    return re.search(r"\d*$", name)[0]
+def family(name: str, models: Mapping[str, Mapping] | None = None) -> tuple:
+    """The number at the end of a name, and what was asked: models that share both are compared."""
+    settings = (models or {}).get(name, {})
+    return re.search(r"\d*$", name)[0], *(settings.get(key) for key in ASKED)
 
 
 def keyed(rows: Sequence[Row]) -> dict[tuple, Row]:

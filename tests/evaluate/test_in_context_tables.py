@@ -45,3 +45,12 @@ def test_a_group_is_one_of_its_level():
 def test_other_pictures_are_not_the_same_episodes():
     told = bench.summary({"xp1": episodes(16.0), "causal1": episodes(15.0, copied=11.0)})
     assert all("beside" not in t for t in told)
+
+
+def test_other_questions_are_not_the_same_episodes():
+    """With more queries a group has another example; the query's picture alone does not tell."""
+    asked = {"groups": 10, "queries": 7, "photos": 300, "guidance": None, "temperature": 0.0}
+    both = {"xp1": episodes(16.0), "causal1": episodes(15.0)}
+    alike = bench.summary(both, {"xp1": asked, "causal1": asked})
+    assert all("beside" in t for t in alike)
+    assert all("beside" not in t for t in bench.summary(both, {"xp1": asked, "causal1": asked | {"queries": 3}}))

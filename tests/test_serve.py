@@ -196,7 +196,12 @@ def test_too_large_and_foreign_requests_are_refused(url):
     status, _, data = ask(url, "/api/draw", pieces, headers)  # in chunks, which promise nothing
     assert status == 413 and "more than 0.1 MB" in json.loads(data)["error"]
 
-    for headers, message in (({"Host": "evil.example"}, "answers to 127.0.0.1"), ({"Sec-Fetch-Site": "cross-site"}, "another site's page")):
+    here = "answers to 127.0.0.1"
+    for headers, message in (
+        ({"Host": "evil.example"}, here),
+        ({"Host": "[::1"}, here),
+        ({"Sec-Fetch-Site": "cross-site"}, "another site's page"),
+    ):
         status, _, data = ask(url, "/api/about", headers=headers)
         assert status == 403 and message in json.loads(data)["error"]
     assert ask(url, "/api/about", headers={"Host": host.replace("127.0.0.1", "localhost")})[0] == 200
@@ -295,6 +300,32 @@ def test_the_line_is_bounded_in_order_and_left_by_those_who_go(loaded):
         stopped = studio.told.index("compiled", 1)
         assert stopped < TINY.vq.grid and studio.told.count("done") == 1, "drawing went on for nobody"
         assert ask(url, "/api/draw", *form({}, PAIR))[0] == 400  # room again: this one is told that it has no image
+
+
+class Wordy(Studio):
+    """Tells more than the buffers between a server and a visitor hold."""
+
+    def draw(self, order):
+        for event in super().draw(order):
+            yield event | {"words": "x" * 8_000_000}
+
+
+def test_who_stops_reading_loses_his_place(loaded, monkeypatch):
+    monkeypatch.setattr(app, "SEND_SECONDS", 1.0)
+    body, headers = form({}, PAIR | {"inputs": PAIR["after"]})
+    with serving(Wordy(loaded)) as url:
+        silent = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
+        silent.request("POST", "/api/draw", body, headers)
+        assert silent.getresponse().status == 200  # and reads nothing
+        assert json.loads(ask(url, "/api/draw", body, headers)[2].splitlines()[-1])["event"] == "done"
+        silent.close()
+
+
+def test_a_task_that_is_gone_is_told_beside_the_others(loaded, tasks, tmp_path):
+    (tmp_path / "gone.xprompt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "rain.xprompt").symlink_to(tasks / "rain.xprompt")
+    gone, rain = Studio(loaded, tasks=tmp_path).tasks()
+    assert "no such file" in gone["error"] and rain["instruction"] == "add rain"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

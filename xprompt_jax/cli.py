@@ -124,7 +124,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("xprompt: stopped", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:  # whoever reads what is printed has seen enough
+        sys.stdout = None
+        raise SystemExit(141) from None
     except OSError as e:
+        if e.errno == errno.ENAMETOOLONG:
+            _fail(f"{e.filename}: {e.strerror}; choose a shorter one")
         if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             _fail(f"{e.filename or 'disk'}: {e.strerror}; free space or choose another folder")
         raise

@@ -369,7 +369,9 @@ def from_json(cls: type[T], text: str, *, source: str = "config") -> T:
 def load_json(cls: type[T], path: str | Path) -> T:
     """Reads a JSON file written by `to_json`; errors name the file."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as e:
         raise UserError(f"{path}: cannot read: {e.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not text in UTF-8; save it as that") from None
     return from_json(cls, text, source=str(path))

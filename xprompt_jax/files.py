@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,14 +20,14 @@ from xprompt_jax.errors import UserError
 def atomic_path(path: str | os.PathLike, writer: int | None = None) -> Iterator[Path]:
     """A temporary name beside `path` that takes its place when the block ends well and vanishes when it does not.
 
-    The block may make a file or a folder there. An existing folder at `path` is replaced. `writer` is in the name; the default is this
-    process's number.
+    The block may make a file or a folder there. An existing folder at `path` is replaced; of a link to one, what it leads to. `writer`
+    is in the name; the default is a name that no other process has, on no other machine.
 
     Raises:
       UserError: the place cannot be written (no such folder, no permission, disk full).
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid() if writer is None else writer}.partial")
+    path = real_folder(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6) if writer is None else writer}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -39,6 +40,37 @@ def atomic_path(path: str | os.PathLike, writer: int | None = None) -> Iterator[
         shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):  # it never came to be, or was a folder
             temporary.unlink()
+
+
+def real_folder(path: str | os.PathLike) -> Path:
+    """`path`; where it is a link to a folder, that folder: what is put in place beside the link would replace the link alone.
+
+    Raises:
+      UserError: it has no name, as "." has none.
+    """
+    path = Path(path)
+    if path.name in ("", ".."):
+        raise UserError(f"{path}: cannot be replaced by what is made; give a name in it")
+    return path.resolve() if path.is_symlink() and path.is_dir() else path
+
+
+def check_place(path: str | os.PathLike, mark: str, kind: str) -> Path:
+    """Refuses to replace a folder that is not of a kind of ours, before the work; an empty one may be replaced.
+
+    Args:
+      mark: a file that each of them has.
+      kind: what is made, in words: "a token store".
+
+    Returns:
+      `real_folder` of the path.
+
+    Raises:
+      UserError: it is something else, or has no name.
+    """
+    path = real_folder(path)
+    if path.exists() and not (path / mark).exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: there already, and not {kind}; choose another place")
+    return path
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

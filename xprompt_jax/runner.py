@@ -15,12 +15,13 @@ import numpy as np
 
 from xprompt_jax.checkpoint import Checkpoints
 from xprompt_jax.config import Config, MeshConfig, ModelConfig, load_json
-from xprompt_jax.convert.native import load_tokenizers
+from xprompt_jax.convert.native import MODEL_FOLDER, load_tokenizers
 from xprompt_jax.data.images import save_png
 from xprompt_jax.data.pipeline import Rows
 from xprompt_jax.data.store import Store
 from xprompt_jax.data.table import Pair
 from xprompt_jax.errors import UserError
+from xprompt_jax.files import check_place
 from xprompt_jax.mesh import make_mesh
 from xprompt_jax.model.chameleon import abstract_model
 from xprompt_jax.model.params import flatten, unflatten
@@ -56,8 +57,9 @@ def run_training(config: Config, workdir: str | Path, *, progress: bool = True) 
       The trained model, also written to `workdir`/model; None when the run was told to stop before its end.
 
     Raises:
-      UserError: the store, the configuration and the starting weights do not belong together.
+      UserError: the store, the configuration and the starting weights do not belong together, or `workdir`/model is something else.
     """
+    check_place(Path(workdir) / "model", *MODEL_FOLDER)
     store = Store.open(config.data.store)
     vqgan, tokenizer = load_tokenizers(Path(config.data.store) / "tokenizers")
     check_tokenizers(config.model, vqgan, tokenizer, config.data.store)
@@ -104,9 +106,9 @@ def export_checkpoint(workdir: str | Path, out: str | Path, *, step: int | None 
       The step.
 
     Raises:
-      UserError: no run, no such checkpoint, or one that cannot be read.
+      UserError: no run, no such checkpoint, or one that cannot be read; or `out` is something else than a model folder.
     """
-    workdir = Path(workdir)
+    workdir, out = Path(workdir), check_place(out, *MODEL_FOLDER)
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir}: no checkpoints; give the folder of a run, which has some after train.save_every steps")
     config = load_json(Config, workdir / "config.json")

@@ -1,5 +1,6 @@
 """Every dataset of the table, in every layout, from a made-up copy: counts, pairs, words, splits, refusals."""
 
+import json
 import pickle
 import re
 from pathlib import Path
@@ -278,6 +279,14 @@ def test_seeds_are_split_by_position(tmp_path):
     pairs = opened("instructpix2pix", "folders with seeds.json", tmp_path, "val")
     assert pairs[0].instruction == "add a hat 18" and pairs[0].input.name == "68_0.jpg" and pairs[1].output.name == "108_1.jpg"
     assert pairs.found == 1  # prompts are counted
+
+
+def test_lines_may_have_a_key_of_their_own(tmp_path):
+    MADE["pose_action", "JSONL"](tmp_path)
+    lines = [json.loads(line) | {"key": key} for line, key in zip((tmp_path / "pose.jsonl").open(), ("p1", "deep/x:7"), strict=False)]
+    (tmp_path / "pose.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pairs = get_dataset("pose_action").open(tmp_path, "train", allow_partial=True)
+    assert [pair.input for pair in pairs] == [tmp_path / "0a.png", tmp_path / "1a.png"]
 
 
 def test_additions_and_removals_for_table_4(tmp_path):

@@ -107,6 +107,14 @@ def test_transparency_is_metas_at_every_level():
     np.testing.assert_array_equal(opened(encoded(grey)), expected[..., :1].repeat(3, -1))
 
 
+def test_what_is_computed_by_strips_is_whole():
+    rgba = np.random.default_rng(7).integers(0, 256, (150, 3, 4), np.uint8)
+    share = rgba[..., 3:] / 255.0
+    np.testing.assert_array_equal(opened(rgba), (rgba[..., :3] * share + 255.0 * (1 - share)).astype(np.uint8))
+    levels = np.random.default_rng(8).integers(0, 65536, (150, 3), np.uint16)
+    np.testing.assert_array_equal(opened(encoded(PIL.Image.fromarray(levels)))[..., 1], (levels / 257).astype(np.uint8))
+
+
 def test_one_pixel():
     np.testing.assert_array_equal(opened(encoded(PIL.Image.new("RGB", (1, 1), (1, 2, 3)))), [[[1, 2, 3]]])
     assert preprocess(open_image(noise(1, 1)), 8).shape == (8, 8, 3)
@@ -155,6 +163,15 @@ def test_list_images_is_recursive_and_sorted(tmp_path):
     for name in ("notes.txt", ".hidden.png", "b/thumbs.db"):
         (tmp_path / name).touch()
     assert [p.relative_to(tmp_path).as_posix() for p in list_images(tmp_path)] == ["a.webp", "b/10.jpeg", "b/2.PNG", "c/d/e.tif"]
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    for name in ("real/1.png", "all/2.png", "all/.cache/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for name, to in (("a", "real"), ("b", "real"), ("back", "all")):
+        (tmp_path / "all" / name).symlink_to(tmp_path / to)
+    assert [p.relative_to(tmp_path / "all").as_posix() for p in list_images(tmp_path / "all")] == ["2.png", "a/1.png", "b/1.png"]
 
 
 def test_folders_without_images(tmp_path):

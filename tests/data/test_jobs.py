@@ -39,6 +39,28 @@ def test_parts_joined_are_the_whole(vqgan, tmp_path):
     assert not (tmp_path / "bad").exists()
 
 
+def test_what_is_not_ours_is_never_removed(vqgan, tmp_path):
+    (tmp_path / "o.partial").mkdir()
+    (tmp_path / "o.partial" / "notes.txt").write_text("mine")
+    for job in (None, {"data": "d"}):
+        with pytest.raises(UserError, match=r"o\.partial: there already, and not what a stopped job left"):
+            store_of(Shared(), vqgan, tmp_path / "o", job=job)
+    assert (tmp_path / "o.partial" / "notes.txt").read_text() == "mine"
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="p: there already, and not a token store"):
+        store_of(Shared(), vqgan, tmp_path / "p")
+
+
+def test_a_store_may_lie_behind_a_link(vqgan, tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "o").symlink_to(tmp_path / "big")
+    for _ in range(2):
+        assert len(store_of(Shared(), vqgan, tmp_path / "o").pairs) == len(Shared())
+    assert (tmp_path / "o").is_symlink() and (tmp_path / "big" / "store.json").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["big", "o"]
+
+
 def test_a_stopped_job_goes_on_from_every_place(vqgan, tmp_path, monkeypatch):
     """The journal as it was at every commit, with what was under way beyond it, leads to the same bytes."""
     records = Shared()

@@ -9,6 +9,7 @@ import pytest
 
 from tests.data.making import coded, jsonl, struct, table, tar, write
 from xprompt_jax.data.readers import Folders, Manifest, Parquet, Strings, Tar
+from xprompt_jax.data.sources import paired_folders
 from xprompt_jax.errors import UserError
 
 
@@ -51,6 +52,19 @@ def test_folders_bring_files_together(tmp_path):
         Folders(tmp_path, r"(?P<key>b)/x\.png", {})
     with pytest.raises(UserError, match="cannot read the folder: No such file"):
         Folders(tmp_path / "none", r"(?P<key>.*)", {})
+
+
+def test_a_partner_is_the_one_that_is_meant(tmp_path):
+    for name in ("in/1.jpg", "in/1.png", "out/1.jpg", "out/1.png", "in/2.png", "out/2.jpg"):
+        write(tmp_path / name, 1)
+    read = lambda: Folders(tmp_path, r"in/(?P<key>\d)\..+", {"output": r"out/\g<key>"})
+    assert [(row["input"].name, row["output"].name) for row in read()] == [("1.jpg", "1.jpg"), ("1.png", "1.png"), ("2.png", "2.jpg")]
+    pairs = lambda: list(paired_folders(tmp_path / "in", tmp_path / "out", task="t", instruction="x"))
+    assert [(r.input.name, r.output.name) for r in pairs()] == [("1.jpg", "1.jpg"), ("1.png", "1.png"), ("2.png", "2.jpg")]
+    write(tmp_path / "out/2.webp", 1)
+    for bring in (read, pairs):
+        with pytest.raises(UserError, match=r"out/2: is there with \.jpg and \.webp; remove all but one"):
+            bring()
 
 
 def test_parquet_reads_groups_on_demand(tmp_path):

@@ -126,6 +126,12 @@ def test_index_file_round_trips_and_knows_its_source(tmp_path):
         build_index(rows(tmp_path, ("a", "b", "x", "eval")), k=1)
     with pytest.raises(UserError, match="has changed since"):
         RetrievalIndex.load(tmp_path / "sub" / "i")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    with pytest.raises(UserError, match="mine: there already, and not an index"):
+        index.save(tmp_path / "mine")
+    assert (tmp_path / "mine" / "notes.txt").exists()
+    again.save(tmp_path / "sub" / "i")
     (tmp_path / "bad").write_bytes(b"x")
     with pytest.raises(UserError, match="bad: no index of format .*, which is a folder"):
         RetrievalIndex.load(tmp_path / "bad")

@@ -297,6 +297,9 @@ def test_paired_folders(tmp_path):
     assert [(r.input.name, r.output.name) for r in found] == [(f"rain-{i}.png", f"norain-{i}.png") for i in range(3)]
     with pytest.raises(UserError, match=r"rain-0\.png: no a/rain-0\.\* in"):
         read(None)
+    (tmp_path / "in" / "a" / "rain-0.png").rename(tmp_path / "in" / "a" / "rain-\udce9.png")  # a name that is no UTF-8
+    (tmp_path / "out" / "a" / "norain-0.png").rename(tmp_path / "out" / "a" / "norain-\udce9.png")
+    assert len(read(("rain", "norain"))) == 3
 
 
 @pytest.mark.parametrize("line, message", [

@@ -79,6 +79,11 @@ def test_a_stopped_command_goes_on_with_its_own_data_alone(tmp_path):
     (["--dataset", "nyuv2_depth", "--root", "r", "--export", "o", "--palette", "hsv"], "depth palette 'hsv' is unknown"),
     (["--dataset", "gopro", "--root", "r", "--export", "o", "--palette", "grey"], "--palette works on nyuv2_depth, not on gopro; leave it"),
     (["--dataset", "ade20k", "--root", "r", "--export", "o", "--min-score", "5"], "--min-score works on laion_aesthetics, not on ade20k"),
+    (["--manifest", "m", "--eval-fraction", "nan", "--out", "o", "--model", "m"], "--eval-fraction nan must be from 0 to 1"),
+    (["--manifest", "m", "--max-corrupt", "nan", "--out", "o", "--model", "m"], "--max-corrupt must not be negative"),
+    (["--inputs", "a", "--outputs", "b", "--rename", "(", "x", "--out", "o", "--model", "m"], "--rename ( x: no regular expression"),
+    (["--inputs", "a", "--outputs", "b", "--rename", "x", r"\2", "--out", "o", "--model", "m"], "its replacement (invalid group reference"),
+    (["--manifest", "m", "--out", ".", "--model", "m"], ".: cannot be replaced by what is made; give a name in it"),
     (["--stores", "/none", "--out", "o"], "/none: not a complete token store"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(arguments, message, capsys):

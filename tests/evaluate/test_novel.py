@@ -26,7 +26,7 @@ def test_queries_are_those_of_table_4(pix2pix):
     ours = {kind: find_records(suite, pix2pix) for kind, suite in (("add", OBJECT_ADDITION), ("remove", OBJECT_REMOVAL))}
     asked = [r for records in ours.values() for r in records if r.split == "eval"]
     assert [(r.input, r.output, r.instruction) for r in asked] == [(r.input, r.output, r.instruction) for r in theirs]
-    assert [kind for _, kind, _ in told] == ["add"] * 3 + ["remove"] * 2 and len({r.input for r in asked}) == 5
+    assert [kind for _, kind, _ in told] == ["add"] * 3 + ["remove"] * 2 and len({r.instruction for r in asked}) == len(asked) == 5
     for kind, records in ours.items():
         shown = [r for r in records if r.split == "train"]
         assert shown and not {r.input for r in shown} & {r.input for r in asked}

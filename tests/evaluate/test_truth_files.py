@@ -51,6 +51,17 @@ def dense(root, suite):
         (root / "gt_sets" / "train.txt").write_text("0003\n0004\n")
 
 
+def test_depth_without_a_unit_is_refused(tmp_path):
+    depth = Depth(palettes.get_palette("turbo"))
+    save_png(np.full((4, 4), 76, np.uint8), tmp_path / "d.png")
+    np.save(tmp_path / "d.npy", np.full((4, 4), 3000))
+    for name, message in (("d.png", "of 8 bits tells no millimetres"), ("d.npy", "int64, which tells no unit")):
+        with pytest.raises(UserError, match=message):
+            depth.read(tmp_path / name)
+    np.save(tmp_path / "d.npy", np.full((4, 4), 3.0))
+    assert (depth.read(tmp_path / "d.npy") == 3).all()
+
+
 def test_normals_are_unknown_where_no_unit_vector_stands(tmp_path):
     rgb = palettes.encode_normals(np.broadcast_to([0, 0.6, 0.8], (2, 2, 3))).copy()
     rgb[0, 0], rgb[0, 1], rgb[1, 0] = 0, 255, 127  # GeoNet's way, and two of NYUD-MT

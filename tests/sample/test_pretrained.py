@@ -44,6 +44,10 @@ def test_saving_again_replaces(folder, tmp_path):
     for _ in range(2):
         model.save_pretrained(tmp_path / "m")
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    (tmp_path / "models" / "others").mkdir(parents=True)
+    with pytest.raises(UserError, match="models: there already, and not a model folder"):
+        model.save_pretrained(tmp_path / "models")
+    assert (tmp_path / "models" / "others").exists()
 
 
 def test_incomplete_folders_are_refused(folder, tmp_path):

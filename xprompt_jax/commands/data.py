@@ -28,6 +28,12 @@ _OPTIONS = {"palette": "palettes", "classes": "classes", "expert": "expert", "pa
 """Flags of `tokenize` that only some datasets have a use for -> fields of `datasets.Options`."""
 
 
+def check_fraction(fraction: float) -> None:
+    """Refuses an --eval-fraction that is none."""
+    if not 0 <= fraction <= 1:
+        raise UserError(f"--eval-fraction {fraction:g} must be from 0 to 1")
+
+
 @dataclass
 class Tokenize:
     """Turn pairs of images into a token store, once, for any number of training runs.
@@ -132,6 +138,9 @@ class Tokenize:
             return
         if self.out is None:
             raise UserError("--out is missing: the store's folder")
+        from xprompt_jax.files import real_folder
+
+        real_folder(self.out)  # has a name
         if self.stores:
             from xprompt_jax.data.tokenise import merge
 
@@ -149,8 +158,14 @@ class Tokenize:
                 raise UserError(f"--{flag} works on {right}, not on --{source}; leave it out")
         if self.seed < 0:
             raise UserError("--seed must not be negative")
-        if self.max_corrupt < 0:
+        if not self.max_corrupt >= 0:
             raise UserError("--max-corrupt must not be negative")
+        check_fraction(self.eval_fraction)
+        if self.rename is not None:
+            try:
+                re.compile(self.rename[0]).sub(self.rename[1], "")
+            except (re.error, IndexError) as e:
+                raise UserError(f"--rename {' '.join(self.rename)}: no regular expression and its replacement ({e})") from None
         if self.export is not None and self.out is not None:
             raise UserError("--export writes a manifest, --out a store; give one of them")
 
@@ -331,8 +346,11 @@ class Index:
             raise UserError("--seed must not be negative")
         if (self.encoder == "clip") != (self.clip is not None):
             raise UserError("--encoder clip and --clip DIR belong together; give both")
-        from xprompt_jax.data.retrieval import build_index
+        check_fraction(self.eval_fraction)
+        from xprompt_jax.data.retrieval import PLACE, build_index
+        from xprompt_jax.files import check_place
 
+        check_place(self.out, *PLACE)
         encoder = None
         if self.clip is not None:
             from xprompt_jax.vision.clip import CLIP

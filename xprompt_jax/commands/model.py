@@ -117,7 +117,9 @@ class Compile:
         if self.index is not None and not self.instruction:
             raise UserError("--index needs --instruction: it finds the pairs whose instructions are nearest")
         from xprompt_jax import Example, XPrompt
+        from xprompt_jax.files import real_folder
 
+        real_folder(self.out)  # has a name
         if self.index is not None:
             pairs = self._retrieve(self.index)
         else:

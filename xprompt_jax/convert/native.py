@@ -26,13 +26,15 @@ from xprompt_jax.checkpoint import load_arrays, save_arrays
 from xprompt_jax.config import ModelConfig, VQConfig, load_json, to_json
 from xprompt_jax.convert.weights import VQGAN_PREFIX, Part, Read, abstract_vqgan, groups_of, shapes_of
 from xprompt_jax.errors import UserError
-from xprompt_jax.files import atomic_path
+from xprompt_jax.files import atomic_path, check_place
 from xprompt_jax.mesh import all_agree, from_first
 from xprompt_jax.model.params import flatten, unflatten
 from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.tokens import Tokenizer
 
 FILES = ("config.json", "text_tokenizer.json", "params", "vqgan", "vqgan.json")
+MODEL_FOLDER = "vqgan.json", "a model folder"
+"""What `files.check_place` knows a model folder by: no other program writes a file of this name."""
 
 
 class NativeSource:
@@ -97,8 +99,11 @@ def save_folder(folder: str | Path, config: ModelConfig, read: Read, tokenizer: 
     """Writes a model folder from tensors at hand, whole or not at all; one that is there is replaced.
 
     All processes of a run call it: they read the same tensors in the same order and write together; the first puts the folder in place.
+
+    Raises:
+      UserError: another folder is there, or the place cannot be written.
     """
-    folder, first = Path(folder), jax.process_index() == 0
+    folder, first = check_place(folder, *MODEL_FOLDER), jax.process_index() == 0
     writer = from_first(os.getpid())
     with atomic_path(folder, writer) if first else nullcontext(folder.with_name(f".{folder.name}.{writer}.partial")) as temporary:
         target = NativeTarget(temporary, config)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -31,6 +32,9 @@ from xprompt_jax.files import atomic_path
 
 MAX_PIXELS = 89_000_000
 """Larger images are refused before their pixels are decoded: 30000 x 30000 would take 2.7 GB."""
+
+_ROWS = 64
+"""Of an image that are computed with at once."""
 
 Recipe = Literal["meta", "hf"]
 """Whose preprocessing: Meta's (the default everywhere), or that of transformers' image processor, PIL backend (its torchvision
@@ -111,8 +115,7 @@ def _to_rgb(image: PIL.Image.Image, recipe: Recipe) -> PIL.Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):  # 16 bits per pixel, in 16 or 32
-        levels = np.asarray(image).astype(np.float64) / 257.0
-        return PIL.Image.fromarray(levels.clip(0, 255).astype(np.uint8)).convert("RGB")
+        return _by_strips(image, lambda levels: (levels / 257.0).clip(0, 255)).convert("RGB")
     if image.mode == "F":
         return PIL.Image.fromarray(np.asarray(image).clip(0, 255).astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
@@ -120,9 +123,19 @@ def _to_rgb(image: PIL.Image.Image, recipe: Recipe) -> PIL.Image.Image:
     if recipe == "hf":
         white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
         return PIL.Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    rgba = np.asarray(image.convert("RGBA")).astype(np.float64)
+    return _by_strips(image.convert("RGBA"), _on_white)
+
+
+def _on_white(rgba: np.ndarray) -> np.ndarray:
     alpha = rgba[..., 3:] / 255.0
-    return PIL.Image.fromarray((rgba[..., :3] * alpha + 255.0 * (1.0 - alpha)).astype(np.uint8))
+    return rgba[..., :3] * alpha + 255.0 * (1.0 - alpha)
+
+
+def _by_strips(image: PIL.Image.Image, levels_of: Callable[[np.ndarray], np.ndarray]) -> PIL.Image.Image:
+    """An image of 8 bits from levels in float64, some rows at a time: whole, they would take ten times the memory of the pixels."""
+    pixels = np.asarray(image)
+    parts = [levels_of(pixels[top : top + _ROWS].astype(np.float64)).astype(np.uint8) for top in range(0, len(pixels), _ROWS)]
+    return PIL.Image.fromarray(np.concatenate(parts))
 
 
 def resize_center_crop(image: PIL.Image.Image, size: int, recipe: Recipe = "meta", *, exact: bool = False) -> np.ndarray:
@@ -163,8 +176,8 @@ def postprocess(pixels: np.ndarray) -> np.ndarray:
     return ((np.clip(np.asarray(pixels, np.float32), -1.0, 1.0) + 1.0) / 2.0 * 255.0).astype(np.uint8)
 
 
-def list_images(folder: str | os.PathLike) -> list[Path]:
-    """All image files below a folder, by extension, sorted by path; hidden files are left out.
+def list_images(folder: str | os.PathLike[str]) -> list[Path]:
+    """All image files below a folder, by extension, sorted by path; links are followed, what is hidden is left out.
 
     Raises:
       UserError: no such folder, unreadable, or no image in it.
@@ -177,12 +190,29 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
         raise UserError(f"{error.filename}: cannot read the folder: {error.strerror}; change its permissions") from None
 
     found = [
-        Path(root) / name for root, _, names in os.walk(folder, onerror=fail) for name in names
+        Path(root) / name for root, names in walk(folder, fail) for name in names
         if Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")
     ]  # fmt: skip
     if not found:
         raise UserError(f"{folder}: no image files ({', '.join(sorted(EXTENSIONS))}) in it; give another folder")
     return sorted(found)
+
+
+def walk(folder: str | os.PathLike[str], fail: Callable[[OSError], None]) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of its files) of a folder and all below it but hidden ones; links are followed unless they lead back.
+
+    Args:
+      fail: told of folders that cannot be read.
+    """
+    above: dict[str, frozenset[str]] = {}
+    for root, folders, names in os.walk(os.fspath(folder), onerror=fail, followlinks=True):
+        around, here = above.pop(root, frozenset()), os.path.realpath(root)
+        if here in around:
+            folders.clear()
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        above |= {os.path.join(root, name): around | {here} for name in folders}
+        yield root, names
 
 
 def save_png(image: PIL.Image.Image | np.ndarray, path: str | os.PathLike) -> None:

@@ -32,6 +32,27 @@ from xprompt_jax.errors import UserError
 COMMIT_SECONDS = 5.0
 """At most so much work is lost."""
 _LOGS = ("codes.bin", "addresses.bin", "pairs.jsonl", "skipped.jsonl")
+_FILES = {*_LOGS, "job.json", "progress.json", "progress.json.new", "lock", "store"}
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuses a folder that happens to have a journal's name: what is in it would be removed with the journal.
+
+    Raises:
+      UserError: something else is in it, or it is a file.
+    """
+    if folder.exists() and (not folder.is_dir() or any(p.name not in _FILES and not p.name.startswith(".") for p in folder.iterdir())):
+        raise UserError(f"{folder}: there already, and not what a stopped job left; move it, or choose another place")
+
+
+def forget(folder: Path) -> None:
+    """Throws away what a stopped job left.
+
+    Raises:
+      UserError: the folder is something else.
+    """
+    refuse_foreign(folder)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 class Journal:
@@ -57,6 +78,7 @@ class Journal:
 
     def __enter__(self) -> Journal:
         with self._told():
+            refuse_foreign(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / "lock").open("w")
             try:

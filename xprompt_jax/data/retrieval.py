@@ -16,6 +16,7 @@ An index knows its encoder by name, and texts are compared with it through the s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
@@ -33,9 +34,11 @@ from xprompt_jax.data import sources
 from xprompt_jax.data.nearest import neighbours
 from xprompt_jax.data.store import Store
 from xprompt_jax.errors import UserError
-from xprompt_jax.files import atomic_path, read_tensors, write_tensors
+from xprompt_jax.files import atomic_path, check_place, read_tensors, write_tensors
 
 FORMAT = "xprompt-index-3"
+PLACE = "index.safetensors", "an index of `xprompt index`"
+"""What `files.check_place` knows an index by."""
 HASHED = "hashed-ngram-"
 Exclude = Literal["row", "image", "session"]
 
@@ -108,7 +111,7 @@ class RetrievalIndex:
 
     def save(self, path: str | Path) -> None:
         """Writes the folder, whole or not at all; it names its source relative to where it lies."""
-        path = Path(path)
+        path = check_place(path, *PLACE)
         header = {
             "encoder": self.encoder, "fingerprint": self.fingerprint, "rows": self.rows, "neighbours": str(self.neighbours.shape[1]),
             "source": os.path.relpath(self.source.resolve(), path.resolve().parent),
@@ -179,12 +182,17 @@ class RetrievalIndex:
             given = f", not with {encoder.name}" if encoder else ""
             cure = "leave --clip out" if self.encoder.startswith(HASHED) else "give that encoder's folder with --clip"
             raise UserError(f"the index of {self.source} was made with {self.encoder}{given}; {cure}")
-        records, found = list(sources.manifest(self.source)), []
+        records, found = self._records, []
         for feature in encoder(texts):
             cosines = (self.features @ feature)[self.instructions]
             cosines[self.instructions < 0] = -np.inf
             found.append([(records[i], float(cosines[i])) for i in np.argsort(-cosines, kind="stable")[:k]])
         return found
+
+    @functools.cached_property
+    def _records(self) -> sources.ManifestRecords:
+        """The manifest's rows, read when they are asked for."""
+        return sources.ManifestRecords(self.source)
 
 
 def build_index(

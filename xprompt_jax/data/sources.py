@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from xprompt_jax.data.images import list_images, open_image, resize_center_crop
+from xprompt_jax.data.readers.folders import partner
 from xprompt_jax.data.readers.manifest import Manifest
 from xprompt_jax.data.readers.strings import position
 from xprompt_jax.data.spellings import ours
@@ -53,7 +54,7 @@ class Record:
 
 def held_out(key: str, fraction: float) -> str:
     """ "eval" for a stable `fraction` of all keys, else "train": decided by a hash, so adding data moves nothing."""
-    value = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    value = int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
     return "eval" if value < fraction else "train"
 
 
@@ -68,17 +69,20 @@ def paired_folders(
       rename: (pattern, replacement), a regular expression that turns an input's stem into its output's.
 
     Raises:
-      UserError: a folder is missing or empty, or an input has no partner.
+      UserError: a folder is missing or empty, an input has no partner, or several that may be meant.
     """
     inputs, outputs = Path(inputs), Path(outputs)
-    partners = {path.relative_to(outputs).with_suffix("").as_posix(): path for path in list_images(outputs)}
+    partners: dict[str, list[str]] = {}
+    for path in list_images(outputs):
+        partners.setdefault(path.relative_to(outputs).with_suffix("").as_posix(), []).append(path.suffix)
     for path in list_images(inputs):
         stem = path.relative_to(inputs).with_suffix("").as_posix()
         wanted = re.sub(*rename, stem) if rename else stem
         if wanted not in partners:
             raise UserError(f"{path}: no {wanted}.* in {outputs}; complete the folder, or give the renaming rule")
+        output = outputs / (wanted + partner(path.suffix, partners[wanted], outputs / wanted))
         yield Record(
-            path, partners[wanted], instruction, reverse_instruction, task=task, group=task,
+            path, output, instruction, reverse_instruction, task=task, group=task,
             split=held_out(f"{task}/{stem}", eval_fraction),
         )  # fmt: skip
 

@@ -36,12 +36,12 @@ from tqdm import tqdm
 from xprompt_jax.convert.native import save_tokenizers
 from xprompt_jax.data.crops import MAX_CROPS, crop_windows, cut
 from xprompt_jax.data.images import Recipe, open_image, resize_center_crop, to_pixels
-from xprompt_jax.data.journal import Journal
+from xprompt_jax.data.journal import Journal, forget
 from xprompt_jax.data.sources import Record
 from xprompt_jax.data.store import ADDRESS_BYTES, Encoding, Store, StoreWriter, vqgan_fingerprint
 from xprompt_jax.data.table import CATEGORIES, ROWS, TEXTS, TokenCounter
 from xprompt_jax.errors import UserError
-from xprompt_jax.files import atomic_path, read_json_lines
+from xprompt_jax.files import atomic_path, check_place, read_json_lines
 from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.tokens import Tokenizer
 
@@ -49,6 +49,8 @@ log = logging.getLogger(__name__)
 
 _DECODERS = min(16, os.cpu_count() or 1)
 """Threads that decode images ahead of the VQGAN."""
+
+_STORE = "store.json", "a token store"
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -81,10 +83,9 @@ def tokenize(
     Raises:
       UserError: there are no records, too many cannot be read, OUT.partial is of another job, or a place cannot be written.
     """
-    out = Path(out)
+    out = check_place(out, *_STORE)
     if not 1 <= crops <= MAX_CROPS:
         raise UserError(f"--crops {crops}: must be 1 to {MAX_CROPS}")
-    _check_place(out)
     encoding = Encoding(vqgan_fingerprint(vqgan), tokenizer.fingerprint, recipe, crops, vqgan.config.image_size, vqgan.config.grid)
     index, parts = shard
     first = 0
@@ -96,7 +97,7 @@ def tokenize(
     identity = {**dataclasses.asdict(encoding), "shard": f"{index}/{parts}", "records": total, **(job or {})}
     read, partial = _Reader(encoding, TokenCounter(tokenizer)), out.with_name(out.name + ".partial")
     if job is None:
-        shutil.rmtree(partial, ignore_errors=True)
+        forget(partial)
 
     with Journal(partial, identity) as journal:
         start = time.monotonic()
@@ -126,12 +127,6 @@ def tokenize(
             save_tokenizers(folder / "tokenizers", vqgan, tokenizer)
     log.info("%s: %d images, %d pairs, %d skipped, %.1f images/s", out, images, pairs, skipped, speed)
     return Store.open(out)
-
-
-def _check_place(out: Path) -> None:
-    """A folder that is replaced must be one of ours."""
-    if out.exists() and not (out / "store.json").exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: there already, and not a token store; choose another place")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,7 +336,7 @@ def merge(stores: Sequence[str | Path], out: str | Path) -> Store:
                     f"{store.folder}: {field} {value}, but {folders[0]} has {getattr(encoding, field)}; "
                     "tokenize both with one model, one --recipe and one --crops"
                 )
-    _check_place(out)
+    out = check_place(out, *_STORE)
     known: dict[bytes, int] = {}
     numbers, new = [], []
     for store in opened:

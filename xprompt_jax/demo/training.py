@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from xprompt_jax.config import BucketConfig, ComputeConfig, Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig, VQConfig
+from xprompt_jax.convert.native import MODEL_FOLDER
 from xprompt_jax.data.free import free_photographs
 from xprompt_jax.data.pipeline import GENERIC_INSTRUCTIONS
 from xprompt_jax.data.sources import Record, photographs, world_pairs
@@ -26,6 +27,7 @@ from xprompt_jax.errors import UserError
 from xprompt_jax.evaluate.metrics import psnr_rgb
 from xprompt_jax.evaluate.pairs import ARMS, make_episodes, run_pairs
 from xprompt_jax.evaluate.report import Curve, ReportRow, Table, contact_sheet, write_report
+from xprompt_jax.files import check_place
 from xprompt_jax.prompt import DESCRIBE_QUESTION
 from xprompt_jax.runner import run_training
 from xprompt_jax.sample.sampler import Example, XPrompt
@@ -76,8 +78,9 @@ def train_demo(workdir: Path, *, quick: bool = False, photos: Path | None = None
       The path of the page.
 
     Raises:
-      UserError: no photographs, or the folder cannot be written.
+      UserError: no photographs, or the folder cannot be written, or its model/ is something else.
     """
+    check_place(workdir / "model", *MODEL_FOLDER)
     scale, clock = QUICK if quick else FULL, Clock()
     logging.getLogger("xprompt_jax.train.loop").setLevel(logging.WARNING)  # its table of parameters is for operators
     with clock("photographs and scenes"):

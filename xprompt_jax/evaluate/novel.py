@@ -52,17 +52,18 @@ class ObjectSuite(EditSuite):
         return [*self._choose(place, _TEST, "eval"), *self._choose(place, _VALIDATION, "train")]
 
     def _choose(self, place: Path, share: tuple[float, float], split: str) -> list[Edit]:
-        found = []
-        for number, (path, seed, prompt) in enumerate(_prompts(place, share)):
-            if addition_or_removal(prompt["edit"].strip()) == self.kind:
-                words = prompt["edit"].strip()
-                found.append((hashlib.sha256(words.encode()).hexdigest(), number, path, seed, words, prompt))
+        """The first pair of each of the first instructions, in the order of their hash: a prompt's other seeds are the same edit again."""
+        found: dict[str, tuple[str, Path, str, dict[str, str]]] = {}
+        for path, seed, prompt in _prompts(place, share):
+            words = prompt["edit"].strip()
+            if words not in found and addition_or_removal(words) == self.kind:
+                found[words] = hashlib.sha256(words.encode()).hexdigest(), path, seed, prompt
         return [
             Edit(
                 path / f"{seed}_0.jpg", path / f"{seed}_1.jpg", words, task=self.name, group=self.name, split=split,
                 captions_before={"global": prompt["input"]}, captions_after={"global": prompt["output"]},
             )
-            for _, _, path, seed, words, prompt in sorted(found, key=lambda row: row[:2])[:COUNT]
+            for words, (_, path, seed, prompt) in sorted(found.items(), key=lambda row: row[1][0])[:COUNT]
         ]  # fmt: skip
 
 

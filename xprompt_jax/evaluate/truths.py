@@ -61,7 +61,12 @@ class Depth:
             except (OSError, ValueError) as e:
                 raise UserError(f"{path}: not a readable .npy of depth ({e})") from None
         else:
-            depth = raw_numbers(path) / np.float32(1000)
+            depth = raw_numbers(path)
+            if depth.dtype == np.uint8:
+                raise UserError(f"{path}: a depth map of 8 bits tells no millimetres; give 16-bit PNG in mm, or .npy in metres")
+            depth = depth / np.float32(1000)
+        if Path(path).suffix == ".npy" and depth.dtype.kind != "f":
+            raise UserError(f"{path}: depth of {depth.dtype}, which tells no unit; give .npy of floats in metres, or 16-bit PNG in mm")
         if depth.ndim != 2:
             raise UserError(f"{path}: a depth map must be [h, w], not {list(depth.shape)}; give 16-bit PNG in mm, or .npy in metres")
         return depth.astype(np.float32)

@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 UPLOAD_SECONDS = 120.0
 """How long a request's body may take."""
+SEND_SECONDS = 30.0
+"""How long a visitor may take to read an event: all others in line wait meanwhile."""
 _MAX_FIELD = 16 * 1024  # bytes of a form field that is no file
 _LINGER = 1.0  # seconds
 _HEADERS = {
@@ -91,15 +93,20 @@ class _Line:
 
 
 class _Events(StreamingResponse):
-    """A stream whose generator is closed when the visitor leaves, so that its place in the line is free at once."""
+    """A stream whose generator is closed when the visitor leaves or stops reading, so that its place in the line is free at once."""
 
     def __init__(self, events: AsyncGenerator[bytes, None]):
         super().__init__(events, media_type="application/x-ndjson", headers={"Cache-Control": "no-store"})
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def soon(message: Message) -> None:
+            await asyncio.wait_for(send(message), SEND_SECONDS)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, soon)
+        except (TimeoutError, ClientDisconnect):  # the latter where Starlette takes the former for a closed connection
+            log.warning("a visitor did not read for %g s, and lost his place", SEND_SECONDS)
         finally:
             await self._events.aclose()
 
@@ -134,7 +141,7 @@ class _Guard:
                 raise _Refused(413, f"{int(length) / 1e6:.1f} MB in one request; this server takes {self._max_bytes / 1e6:g} MB")
             if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
                 raise _Refused(403, "another site's page may not use this server")
-            if self._hosts is not None and urlsplit("//" + headers.get("host", "")).hostname not in self._hosts:
+            if self._hosts is not None and _hostname(headers.get("host", "")) not in self._hosts:
                 raise _Refused(403, f"this server answers to {', '.join(self._hosts)} only; start it with another --host")
             await self._app(scope, counted, with_headers)
         except _Refused as e:
@@ -143,6 +150,13 @@ class _Guard:
                     await asyncio.wait_for(_discard(receive), _LINGER)
             answer = JSONResponse({"error": e.line}, e.status, {"Connection": "close"} if e.status in (408, 413) else None)
             await answer(scope, receive, with_headers)
+        return None
+
+
+def _hostname(host: str) -> str | None:
+    try:
+        return urlsplit("//" + host).hostname
+    except ValueError:  # "[::1"
         return None
 
 

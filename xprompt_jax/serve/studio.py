@@ -94,7 +94,7 @@ class Studio:
         return {path.stem: path for path in sorted(self._folder.glob("*.xprompt"))} if self._folder else {}
 
     def _tell(self, path: Path) -> dict[str, Any]:
-        key = path, path.stat().st_mtime_ns
+        key = path, _changed(path)
         if key not in self._told:
             try:
                 prompt = self._load(*key)
@@ -157,7 +157,7 @@ class Studio:
             path = self._paths().get(name)
             if path is None:
                 raise UserError(f"no compiled prompt {name!r} in this server's folder; reload the page")
-            return self._load(path, path.stat().st_mtime_ns)
+            return self._load(path, _changed(path))
         pair = [files.get(side, ()) for side in ("before", "after")]
         if not any(pair):
             raise UserError("no example; drop an image before and after, or choose a compiled prompt")
@@ -193,6 +193,14 @@ class Studio:
             if row < rows:
                 yield {"event": "row", "row": row, "rows": rows, "images": [_data_uri(image, preview=True) for image in images]}
         yield {"event": "done", "seconds": time.perf_counter() - start, "images": [_data_uri(image) for image in images]}
+
+
+def _changed(path: Path) -> int:
+    """When a file was last changed; 0 of one that is gone, or a link that leads nowhere."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _number(fields: Mapping[str, str], name: str, default: Any, low: Any, high: Any) -> Any:

@@ -212,20 +212,20 @@ def _share(first: float, last: float) -> tuple[int, ...]:
 
 
 def table_4(pairs: Pairs, count: int = 100) -> tuple[Pairs, list[tuple[int, str, str]]]:
-    """Object additions and removals as in Table 4: the first `count` of each in the order of a hash of the instruction.
+    """Object additions and removals as in Table 4: the first `count` instructions of each in the order of their hash, one pair of each.
 
     The paper's hand-picked ids are not public; these are told by the keyword rule (`holdouts.addition_or_removal`).
 
     Returns:
       the pairs, and (number, "add" or "remove", instruction) of each, to publish beside a score.
     """
-    found = []
+    found: dict[str, tuple[str, int, str, str]] = {}
     for i in range(len(pairs)):
         instruction = pairs[i].instruction
         kind = addition_or_removal(instruction)
-        if kind:
-            found.append((hashlib.sha256(instruction.encode()).hexdigest(), i, kind, instruction))
-    chosen = [row for kind in ("add", "remove") for row in sorted(r for r in found if r[2] == kind)[:count]]
+        if kind and instruction not in found:
+            found[instruction] = hashlib.sha256(instruction.encode()).hexdigest(), i, kind, instruction
+    chosen = [row for kind in ("add", "remove") for row in sorted(r for r in found.values() if r[2] == kind)[:count]]
     return Chosen(pairs, np.array([i for _, i, _, _ in chosen], np.int64)), [(i, kind, text) for _, i, kind, text in chosen]
 
 

@@ -75,8 +75,10 @@ def _without_end(words: dict[str, Any]) -> dict[str, Any]:
 
 def _action(row: Mapping[str, Any], root: Path) -> Record:
     """A manifest's line: {"input", "output", "instruction"}, ..."""
-    name, _, number = str(row["key"]).rpartition(":")
-    return manifest_record({"task": "pose_action", **row}, root / name, int(number))
+    key = str(row["key"])  # the file's name and the line, unless the line has a key of its own
+    name, _, number = key.rpartition(":")
+    file, line = (name, int(number)) if number.isdigit() else (key, 0)
+    return manifest_record({"task": "pose_action", **row}, root / Path(file).name, line)
 
 
 def _imitation(row: Mapping[str, Any], root: Path) -> Record:

@@ -8,7 +8,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xprompt_jax.data.images import EXTENSIONS
+from xprompt_jax.data.images import EXTENSIONS, walk
 from xprompt_jax.data.readers.strings import Strings, position
 from xprompt_jax.errors import UserError
 
@@ -59,7 +59,7 @@ class Folders(Sequence[Row]):
                     there = next((w for w in wanted if w in extensions), None)
                     if there is None:
                         raise UserError(f"{self.root / (stem + extension)}: no {' or '.join(wanted)}.* in {self.root}; complete the copy")
-                    others[name].append(there + extensions[there][0])
+                    others[name].append(there + partner(extension, extensions[there], self.root / there))
         if not keys:
             raise UserError(f"{self.root}: no file whose path fits {pattern}; give the folder that holds them")
         self._columns = {"key": Strings(keys)} | {name: Strings(paths) for name, paths in {"input": inputs, **others}.items()}
@@ -75,6 +75,19 @@ class Folders(Sequence[Row]):
         return row
 
 
+def partner(extension: str, those: Sequence[str], stem: Path) -> str:
+    """Of the extensions that a wanted file is there with, the one that is meant: an input's own, or the only one.
+
+    Raises:
+      UserError: there are several others.
+    """
+    if extension in those:
+        return extension
+    if len(those) > 1:
+        raise UserError(f"{stem}: is there with {' and '.join(sorted(those))}; remove all but one, or give it its input's extension")
+    return those[0]
+
+
 def _walk(root: Path, below: Iterable[str]):
     """Relative paths of all files, hidden ones left out; links are followed."""
 
@@ -82,8 +95,7 @@ def _walk(root: Path, below: Iterable[str]):
         raise UserError(f"{error.filename}: cannot read the folder: {error.strerror}; correct the path or its permissions") from None
 
     for start in below:
-        for folder, folders, names in os.walk(root / start, onerror=fail, followlinks=True):
-            folders[:] = [name for name in folders if not name.startswith(".")]
+        for folder, names in walk(root / start, fail):
             inside = os.path.relpath(folder, root).replace(os.sep, "/")
             for name in names:
                 if not name.startswith(".") and os.path.splitext(name)[1].lower() in _KNOWN:

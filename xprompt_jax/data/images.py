@@ -115,7 +115,7 @@ def _to_rgb(image: PIL.Image.Image, recipe: Recipe) -> PIL.Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):  # 16 bits per pixel, in 16 or 32
-        return _by_strips(image, lambda levels: (levels / 257.0).clip(0, 255)).convert("RGB")
+        return _by_strips(image, lambda levels: (levels / 257.0).clip(0, 255))
     if image.mode == "F":
         return PIL.Image.fromarray(np.asarray(image).clip(0, 255).astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
@@ -123,7 +123,7 @@ def _to_rgb(image: PIL.Image.Image, recipe: Recipe) -> PIL.Image.Image:
     if recipe == "hf":
         white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
         return PIL.Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return _by_strips(image.convert("RGBA"), _on_white)
+    return _by_strips(image if image.mode == "RGBA" else image.convert("RGBA"), _on_white)
 
 
 def _on_white(rgba: np.ndarray) -> np.ndarray:
@@ -133,9 +133,11 @@ def _on_white(rgba: np.ndarray) -> np.ndarray:
 
 def _by_strips(image: PIL.Image.Image, levels_of: Callable[[np.ndarray], np.ndarray]) -> PIL.Image.Image:
     """An image of 8 bits from levels in float64, some rows at a time: whole, they would take ten times the memory of the pixels."""
-    pixels = np.asarray(image)
-    parts = [levels_of(pixels[top : top + _ROWS].astype(np.float64)).astype(np.uint8) for top in range(0, len(pixels), _ROWS)]
-    return PIL.Image.fromarray(np.concatenate(parts))
+    made = PIL.Image.new("RGB", image.size)
+    for top in range(0, image.height, _ROWS):
+        strip = np.asarray(image.crop((0, top, image.width, min(top + _ROWS, image.height)))).astype(np.float64)
+        made.paste(PIL.Image.fromarray(levels_of(strip).astype(np.uint8)), (0, top))
+    return made
 
 
 def resize_center_crop(image: PIL.Image.Image, size: int, recipe: Recipe = "meta", *, exact: bool = False) -> np.ndarray:

@@ -8,16 +8,18 @@ import PIL.Image
 import pytest
 
 from tests.convert.folders import meta_folder
-from tests.helpers import FP32, TINY, random_decoder
+from tests.helpers import FP32, TINY, random_decoder, tiny_tokenizer
 from xprompt_jax import UserError, XPrompt
 from xprompt_jax.cli import main
 from xprompt_jax.config import BucketConfig, Config, DataConfig, MeshConfig, OptimConfig, TrainConfig
 from xprompt_jax.convert.formats import open_source
 from xprompt_jax.convert.native import load_tokenizers
+from xprompt_jax.data.sources import Record
 from xprompt_jax.data.store import Store
+from xprompt_jax.data.tokenise import tokenize
 from xprompt_jax.model.params import flatten
 from xprompt_jax.model.vqgan import VQGAN
-from xprompt_jax.runner import export_checkpoint, run_training
+from xprompt_jax.runner import check_tokenizers, export_checkpoint, run_training
 from xprompt_jax.tokens import train_tokenizer
 
 
@@ -102,6 +104,26 @@ def test_a_checkpoint_becomes_a_model_folder(world_store, tmp_path, kind, capsys
     with pytest.raises(UserError, match="checkpoint 2 cannot be read|no checkpoint 2"):
         export_checkpoint(tmp_path / "run", tmp_path / "x", step=2)
     assert not (tmp_path / "x").exists()
+
+
+def test_as_many_pictures_as_are_asked_for_though_all_pairs_are_one_group(tmp_path):
+    """As those of `xprompt tokenize --inputs --outputs` are."""
+    pairs = [Record(noise(i), noise(i + 50), "remove the rain", group="derain", split="eval" if i < 7 else "train") for i in range(12)]
+    tokenize(pairs, VQGAN(TINY.vq, jax.random.key(1)), tiny_tokenizer(), tmp_path / "store", progress=False)
+    shape = lambda n: np.asarray(PIL.Image.open(tmp_path / f"{n}" / "samples" / "0000001.png")).shape
+    for samples, rows in ((2, 2), (9, 3)):
+        run_training(config(tmp_path / "store", samples=samples, steps=1), tmp_path / f"{samples}", progress=False)
+        assert shape(samples) == (rows * 16, 5 * 16, 3)
+
+
+def noise(seed):
+    return np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8)
+
+
+def test_tokenizers_that_are_not_the_models(tmp_path):
+    vqgan, words = VQGAN(TINY.vq, jax.random.key(1)), train_tokenizer(["rain"], num_codes=TINY.vq.num_codes + 8, vocab_size=TINY.vocab_size)
+    with pytest.raises(UserError, match="40 image words, the VQGAN 32 codes"):
+        check_tokenizers(TINY, vqgan, words, tmp_path)
 
 
 def test_what_does_not_belong_together_is_told(world_store, tmp_path):

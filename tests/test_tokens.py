@@ -45,6 +45,14 @@ def test_shuffled_image_words_are_refused():
         Vocabulary.from_names(names)
 
 
+def test_lumina_refuses_sides_that_have_no_word():
+    """A small tokenizer has words for 16 sides; the ids behind them are text."""
+    layout = Layout("lumina", tiny_tokenizer().vocab)
+    assert len(layout.template(32, 32)) == 32 * 33 + 4
+    with pytest.raises(UserError, match="no size words for 1024 x 512 pixels"):
+        layout.template(64, 32)
+
+
 @pytest.mark.parametrize("kind", ["plain", "lumina"])
 @settings(max_examples=25, deadline=None)
 @given(rows=st.integers(1, 4), columns=st.integers(1, 4), seed=st.integers(0, 99))
@@ -75,7 +83,10 @@ def test_text_round_trip_and_file(tmp_path):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.text(max_size=20), st.sampled_from(["<s>", "</s>", "<racm3:break>", "IMGIMGAZ", "<reserved08706>", ""]))
+@given(
+    st.text(max_size=20),
+    st.sampled_from(["<s>", "</s>", "<racm3:break>", "IMGIMGAZ", "IMGIMGIMGAZ", "IMGIMGIMGIMGIMGBCZ", "<reserved08706>", ""]),
+)
 def test_text_cannot_forge_structure(text, name):
     tokenizer = tiny_tokenizer()
     ids = tokenizer.encode(text + name)

@@ -101,7 +101,9 @@ def write_tensors(path: str | os.PathLike, kind: str, tensors: Mapping[str, np.n
 
     with atomic_path(path) as temporary:
         try:
-            safetensors.numpy.save_file(dict(tensors), temporary, metadata={"format": kind, **header})
+            # From 0.8 on the library writes the memory of a view as it lies, whatever its strides.
+            whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+            safetensors.numpy.save_file(whole, temporary, metadata={"format": kind, **header})
         except safetensors.SafetensorError as e:  # it reports a full disk as its own error
             raise UserError(f"{path}: cannot write: {e}; free space or choose another place") from None
 

@@ -49,7 +49,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of a configuration; -1 takes the devices that are left.
 
     Raises:
-      UserError: more than one -1, the sizes do not multiply to the number of devices, or the slices are not those of the devices.
+      UserError: more than one -1, the sizes do not multiply to the number of devices, the slices are not those of the devices, or
+        processes hold some rows together and others not.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [config.data, config.fsdp, config.tensor]
@@ -61,12 +62,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if math.prod(sizes) != len(devices):
         raise UserError(f"mesh data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]} does not fit {len(devices)} devices; "
                         "change --mesh.data, --mesh.fsdp or --mesh.tensor")  # fmt: skip
-    hosts = len({getattr(d, "process_index", 0) for d in devices})
-    if (len(devices) // hosts) % sizes[2]:  # the devices of a tensor group share their rows, and a process knows only its own rows
-        raise UserError(f"mesh tensor={sizes[2]} does not fit into the {len(devices) // hosts} devices of a process; lower --mesh.tensor")
     if config.slices < 1 or sizes[0] % config.slices:
         raise UserError(f"mesh data={sizes[0]} is not a multiple of mesh.slices {config.slices}; change --mesh.data or --mesh.slices")
-    return Mesh(_arrange(devices, sizes, config.slices), AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = Mesh(_arrange(devices, sizes, config.slices), AXES, axis_types=(AxisType.Auto,) * 3)
+    _row_shares(mesh)
+    return mesh
 
 
 def _arrange(devices: Sequence[Any], sizes: Sequence[int], slices: int) -> np.ndarray:
@@ -117,10 +117,41 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(*whole))
 
 
+def row_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """(i, n): a process feeds the i-th of n equal shares of a step's rows; the default is this process.
+
+    Processes whose devices hold the same rows feed the same share: on a TPU's torus a tensor axis of 4 lies across two hosts.
+    """
+    owned = _row_shares(mesh)
+    shares = sorted(set(owned.values()))
+    return shares.index(owned[jax.process_index() if process is None else process]), len(shares)
+
+
+def _row_shares(mesh: Mesh) -> dict[int, tuple[int, ...]]:
+    """Process -> which blocks of a step's rows its devices hold, of as many as data x fsdp has devices.
+
+    Raises:
+      UserError: two processes hold some blocks together and others not.
+    """
+    owned: dict[int, set[int]] = {}
+    for block, group in enumerate(mesh.devices.reshape(-1, mesh.shape["tensor"])):
+        for device in group:
+            owned.setdefault(getattr(device, "process_index", 0), set()).add(block)
+    shares = {tuple(sorted(blocks)) for blocks in owned.values()}
+    if len(set().union(*shares)) != sum(map(len, shares)) or len(set(map(len, shares))) > 1:
+        sizes = " ".join(f"{name}={size}" for name, size in mesh.shape.items())
+        raise UserError(f"mesh {sizes}: processes hold some rows together and others not; lower --mesh.tensor")
+    return {process: tuple(sorted(blocks)) for process, blocks in owned.items()}
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """This host's rows of a batch (a pytree of arrays [rows, ...]) -> global arrays, rows over data and fsdp."""
-    sharding = NamedSharding(mesh, spec("batch"))
-    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), batch)
+    """This process's rows of a batch (a pytree of arrays [rows, ...]; see `row_share`) -> global arrays, rows over data and fsdp."""
+    sharding, (_, shares) = NamedSharding(mesh, spec("batch")), row_share(mesh)
+
+    def placed(a: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding, a, (len(a) * shares, *a.shape[1:]))
+
+    return jax.tree.map(lambda a: placed(np.asarray(a)), batch)
 
 
 def place(value: np.ndarray, logical: Sequence[str | None], mesh: Mesh | None) -> jax.Array:

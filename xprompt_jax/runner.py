@@ -5,7 +5,9 @@ The glue between data/, train/ and sample/, which do not know each other.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,14 +21,14 @@ from xprompt_jax.convert.native import MODEL_FOLDER, load_tokenizers
 from xprompt_jax.data.images import save_png
 from xprompt_jax.data.pipeline import Rows
 from xprompt_jax.data.store import Store
-from xprompt_jax.data.table import Pair
 from xprompt_jax.errors import UserError
 from xprompt_jax.files import check_place
-from xprompt_jax.mesh import make_mesh
+from xprompt_jax.mesh import make_mesh, row_share
 from xprompt_jax.model.chameleon import abstract_model
 from xprompt_jax.model.params import flatten, unflatten
 from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.prompt import Prompter
+from xprompt_jax.sample.arguments import check_tokenizer
 from xprompt_jax.sample.pretrained import load
 from xprompt_jax.sample.sampler import Example, XPrompt
 from xprompt_jax.tokens import Layout, Tokenizer
@@ -42,12 +44,13 @@ def check_tokenizers(config: ModelConfig, vqgan: VQGAN, tokenizer: Tokenizer, pl
     """Refuses tokenizers, found at `place`, that a model of this configuration cannot have.
 
     Raises:
-      UserError: another VQGAN, or more words than the model knows.
+      UserError: another VQGAN, more words than the model knows, or another number of image words than codes.
     """
     if vqgan.config != config.vq:
         raise UserError(f"{place} was made by another VQGAN than model.vq describes; tokenize again or change the config")
     if tokenizer.vocab.size > config.vocab_size:
         raise UserError(f"model.vocab_size {config.vocab_size} is below the {tokenizer.vocab.size} words of {place}; raise it")
+    check_tokenizer(tokenizer.vocab, config)
 
 
 def run_training(config: Config, workdir: str | Path, *, progress: bool = True) -> XPrompt | None:
@@ -64,7 +67,7 @@ def run_training(config: Config, workdir: str | Path, *, progress: bool = True) 
     vqgan, tokenizer = load_tokenizers(Path(config.data.store) / "tokenizers")
     check_tokenizers(config.model, vqgan, tokenizer, config.data.store)
     prompter = Prompter(tokenizer, Layout(config.model.layout, tokenizer.vocab, config.model.vq.downsample))
-    host = jax.process_index(), jax.process_count()
+    host = row_share(make_mesh(config.mesh))
     source = lambda split: Rows(store, prompter, config.data, config.model.num_xp_tokens, split=split, host=host)
     rows = source("train")
     held_out = None
@@ -130,8 +133,10 @@ def _start(config: Config, vqgan: VQGAN, tokenizer: Tokenizer) -> dict[str, jax.
     """The weights of `train.init_from`, on the run's mesh; the run's model gets the store's tokenizers, and is told where those differ."""
     name, store = config.train.init_from or "", config.data.store
     start = load(name, dtype=jnp.float32, mesh=make_mesh(config.mesh), num_xp_tokens=config.model.num_xp_tokens)
-    if start.config != config.model:
+    if dataclasses.replace(start.config, layout=config.model.layout) != config.model:
         raise UserError(f"{name} has another architecture than `model` in the config; use its config.json's values")
+    if start.config.layout != config.model.layout:
+        log.warning("%s frames images as %s, this run as %s (--model.layout)", name, start.config.layout, config.model.layout)
     if start.tokenizer.words() != tokenizer.words():
         log.warning("%s was taught with another text tokenizer than %s has: its words mean something else here; tokenize again with "
                     "--model %s", name, store, name)  # fmt: skip
@@ -144,13 +149,19 @@ def _start(config: Config, vqgan: VQGAN, tokenizer: Tokenizer) -> dict[str, jax.
 
 def _sampler(config: Config, workdir: Path, store: Store, model_of: Callable[[TrainState], XPrompt]):
     """Draws the same few held-out pairs after every evaluation: rows of example, input, drawn, target as one picture."""
-    pairs, groups = store.pairs, dict[int, list[Pair]]()
+    pairs, rows = store.pairs, list[tuple[int, int, int]]()
+    waiting, count = dict[int, int](), Counter[int]()
     held_out = np.isin(pairs.split.codes, [i for i, name in enumerate(pairs.split.names) if name == "eval"])
     for number in np.flatnonzero(held_out & (pairs.num_tokens["instruction"] > 0) & ~pairs.has_more):
-        groups.setdefault(int(pairs.group.codes[number]), []).append(pairs[number])
-        if sum(len(group) > 1 for group in groups.values()) == config.train.samples:
+        group = int(pairs.group.codes[number])
+        if group not in waiting:
+            waiting[group] = int(number)
+        elif count[group] < config.train.samples:
+            rows.append((count[group], waiting.pop(group), int(number)))
+            count[group] += 1
+        if len(count) == config.train.samples:
             break
-    chosen = [group[:2] for group in groups.values() if len(group) > 1]
+    chosen = [(pairs[example], pairs[query]) for _, example, query in sorted(rows)[: config.train.samples]]  # a row of each group first
     if not chosen:
         raise UserError(f"train.samples: no group of {config.data.store} has two held-out pairs, an example and a query; set it to 0")
     code = lambda number: store.codes[number].astype(np.int32)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -168,7 +169,7 @@ class Tokenizer:
         if all(allowed[i] and i != self.vocab.eos for i in ids):
             return ids
         # A special name was spelled out ("</s>" or "<racm3:break>"): break it up, so that text cannot forge structure.
-        return self._backend.encode(text.replace("<", "< ").replace("IMGIMG", "IMG IMG"), add_special_tokens=False).ids
+        return self._backend.encode(re.sub("IMG(?=IMG)", "IMG ", text.replace("<", "< ")), add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ordinary words among `ids`; special tokens and image codes are left out."""
@@ -241,8 +242,11 @@ class Layout:
         sides = [n * self.pixels_per_code for n in (rows, columns)]
         if any(side % 32 for side in sides):
             raise UserError(f"layout lumina: sides {sides} must be multiples of 32 pixels")
+        words = [v.side_start + side // 32 for side in sides]
+        if any(word >= len(v.text_mask) or v.text_mask[word] for word in words):
+            raise UserError(f"layout lumina: the tokenizer has no size words for {sides[0]} x {sides[1]} pixels; use smaller images")
         row = [CODE] * columns + [v.newline]
-        return np.array([v.boi, *(v.side_start + side // 32 for side in sides), *row * rows, v.eoi], np.int32)
+        return np.array([v.boi, *words, *row * rows, v.eoi], np.int32)
 
     def num_tokens(self, rows: int, columns: int) -> int:
         """Tokens of an image, frame included."""

@@ -159,12 +159,14 @@ def test_a_lumina_folder(folder, tmp_path, caplog):
     words["added_tokens"].append({**words["added_tokens"][0], "id": TINY.vocab_size, "content": "<pad_added>"})
     (path / "tokenizer.json").write_text(json.dumps(words))
     source = open_source(path, num_xp_tokens=5)
-    assert (source.config.num_xp_tokens, source.has_xp, source.draws) == (5, False, False)
+    assert (source.config.num_xp_tokens, source.has_xp, source.draws) == (5, False, True)
+    assert source.config.layout == "lumina" and open_source(path, layout="plain").config.layout == "plain"
     scale = source.read("blocks.1.attention.q_norm.scale")
     np.testing.assert_array_equal(scale, np.repeat(tensors["blocks.1.attention.q_norm.scale"][:1].astype(bf16), 4, axis=0))
     model = XPrompt.from_pretrained(path, num_xp_tokens=5, compute=FP32)
     assert "no XP embeddings" in caplog.text
     assert model.xp_embeddings.shape == (5, TINY.dim)
+    np.testing.assert_array_equal(model.decoder.head[...], tensors["head"].astype(bf16).astype(np.float32))  # what it learned to draw
     assert "<pad_added>" not in model.tokenizer.words()
     np.testing.assert_array_equal(model.vqgan.quantize.embedding.weight[...], vqgan_tensors()["quantize.embedding.weight"])
 

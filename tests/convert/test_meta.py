@@ -1,5 +1,6 @@
 """Meta's format: the same numbers as Meta's own conventions give, the same bits back, and lines that say what is wrong."""
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -10,7 +11,7 @@ import pytest
 
 from tests.convert.folders import meta_folder
 from tests.convert.reference import logits as reference_logits
-from tests.helpers import FP32, column, random_rows, segments
+from tests.helpers import FP32, TINY, column, random_rows, segments, tiny_tokenizer
 from xprompt_jax.config import PRESETS
 from xprompt_jax.convert.adapt import Adaptation, Adapted
 from xprompt_jax.convert.convert import Options, convert
@@ -23,8 +24,11 @@ from xprompt_jax.convert.verify import verify
 from xprompt_jax.convert.weights import load_decoder, shapes_of
 from xprompt_jax.errors import UserError
 from xprompt_jax.model.attention import dense_mask
+from xprompt_jax.model.chameleon import Chameleon
+from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.model.xp import place_by_role
 from xprompt_jax.prompt import SlotShape
+from xprompt_jax.sample.sampler import XPrompt
 
 
 def draw_architecture(rng):
@@ -102,6 +106,16 @@ def test_there_and_back_is_bit_exact(tmp_path, dtype, ranks):
     assert all(first[n].tobytes() == again[n].tobytes() for n in first)
     assert (tmp_path / "a/tokenizer/vqgan.yaml").read_text() == (tmp_path / "b/tokenizer/vqgan.yaml").read_text()
     assert wrong_checksums(sorted((tmp_path / "b").glob("*.pth"))) == []
+
+
+@pytest.mark.parametrize("change", [{"layout": "lumina"}, {"head_dim": 16}, {}], ids=str)
+def test_what_metas_params_have_no_word_for_is_written_beside(tmp_path, change):
+    config = dataclasses.replace(TINY, num_kv_heads=4, **change)
+    XPrompt(Chameleon(config, jax.random.key(0)), VQGAN(config.vq, jax.random.key(1)), tiny_tokenizer()).save_pretrained(tmp_path / "ours")
+    convert(open_source(tmp_path / "ours"), tmp_path / "meta", Options(to="meta", shards=1), progress=False)
+    assert open_source(tmp_path / "meta").config == config
+    told = json.loads((tmp_path / "meta/params.json").read_text())["model"]
+    assert told.keys() & {"xprompt_layout", "head_dim"} == {{"layout": "xprompt_layout"}.get(name, name) for name in change}
 
 
 def test_what_meta_cannot_hold_is_refused(tmp_path):

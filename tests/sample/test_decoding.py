@@ -252,6 +252,14 @@ def test_compiled_prompt_file(model, tmp_path):
     assert same(model.generate(again, images(3, 1), window=5), model.generate(task, images(3, 1), window=5))
     assert again.instruction == "remove the rain" and len(again.thumbnails) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["derain.xprompt"]
+    several = model.compile([example(2), example(4)])
+    for many in (several, CompiledPrompt.join([several, task])):  # views of their layers and examples
+        many.save(path)
+        again = CompiledPrompt.load(path)
+        for name in ("k", "v", "lengths"):
+            np.testing.assert_array_equal(getattr(again, name), getattr(many, name))
+    task.save(path)
+    again = CompiledPrompt.load(path)
     with safetensors.safe_open(path, "numpy") as file:
         told = file.metadata()
     assert (told["fingerprint"], told["tokenizer"]) == (model.fingerprint, model.tokenizer.fingerprint)
@@ -282,6 +290,8 @@ def test_compiled_prompt_file(model, tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"decoding": "beam"}, "jacobi or sequential"), ({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p"),
     ({"num_images": 0}, "num_images"), ({"inputs": []}, "at least one input"), ({"inputs": "a.png"}, "takes a list"),
+    ({"inputs": np.zeros((16, 16, 3), np.uint8)}, "takes a list"), ({"inputs": np.zeros((4, 4), np.int32)}, "takes a list"),
+    ({"task": example(2)}, "an Example is no task; put it into"),
     ({"temperature": float("nan")}, "temperature"), ({"top_k": -1}, "top_k"), ({"guidance": float("inf")}, "guidance"),
     ({"instruction": "rain " * 20_000}, "do not fit"), ({"task": []}, "at least one example"), ({"window": 0}, "window"),
     ({"task": [("a.png", "b.png")]}, "a list of Example"), ({"inputs": [None]}, "an image must be"),

@@ -29,6 +29,11 @@ def test_round_trip_is_exact(folder):
     assert model.xp_embeddings.shape == (TINY.num_xp_tokens, TINY.dim)
     again = XPrompt.from_pretrained(folder, dtype="bfloat16")
     assert again.xp_embeddings.dtype == "bfloat16" and again.fingerprint == model.fingerprint
+    assert XPrompt.from_pretrained(folder, dtype="float16").fingerprint == model.fingerprint
+    for options, message in (({"dtype": "fp16"}, "dtype 'fp16' is unknown"), ({"image_head": "x"}, "image_head 'x' is unknown"),
+                             ({"layout": "x"}, "layout 'x' is unknown")):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            XPrompt.from_pretrained(folder, **options)
 
 
 def test_loads_onto_a_mesh(folder):

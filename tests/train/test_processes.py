@@ -22,15 +22,16 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"} | {"PYTHONPATH": str(ROOT)}
 
 
-def run_two(workdir, stop=(), store=None):
-    """Runs both processes; `stop` is (process, step): that process alone gets SIGTERM before that step. With a store, a whole run."""
+def run_two(workdir, stop=(), store=None, word=None):
+    """Runs both processes; `stop` is (process, step): that process alone gets SIGTERM before that step. With a store, a whole run.
+    `word` is for the workers."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
     environment = ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     processes = []
     for i in range(2):
-        extra = [str(store)] if store else [str(stop[1])] if stop and stop[0] == i else []
+        extra = [word] if word else [str(store)] if store else [str(stop[1])] if stop and stop[0] == i else []
         command = [sys.executable, "-m", "tests.train.worker", str(workdir), address, "2", str(i), *extra]
         processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     try:
@@ -60,6 +61,16 @@ def test_two_processes_are_one_and_stop_together(tmp_path):
     moved = train(config, tmp_path / "two", data, progress=False)
     for a, b in zip(jax.tree.leaves(moved.params), jax.tree.leaves(alone.params), strict=True):
         np.testing.assert_allclose(a, b, atol=4e-3)
+
+
+def test_two_processes_that_hold_the_same_rows_feed_the_same(tmp_path):
+    """One tensor axis over both: neither has rows of its own."""
+    config = replace(CONFIG, train={"steps": 8, "eval_every": 4})
+    train(config, tmp_path / "alone", data, eval_data=data, progress=False)
+    assert run_two(tmp_path / "two", word="tensor") == [8, 8]
+    for name in ("loss", "eval/loss"):
+        told = [[m[name] for m in read_metrics(tmp_path / folder) if name in m] for folder in ("two", "alone")]
+        np.testing.assert_allclose(*told, rtol=1e-4)
 
 
 def test_two_processes_write_the_model_of_one(world_store, tmp_path):

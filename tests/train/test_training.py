@@ -19,12 +19,12 @@ from xprompt_jax.mesh import RULES, make_mesh, shard_batch, sharding_for
 from xprompt_jax.model.chameleon import Chameleon
 from xprompt_jax.model.params import flatten, logical_axes
 from xprompt_jax.prompt import Role, stack
-from xprompt_jax.train.loop import train
+from xprompt_jax.train.loop import _LeftOut, train
 from xprompt_jax.train.loss import cross_entropy, gather_answers
 from xprompt_jax.train.metrics import attention_pairs, read_metrics, row_flops
 from xprompt_jax.train.optim import make_optimizer, merge, schedule, split_trainable
 from xprompt_jax.train.state import abstract_state, init_state
-from xprompt_jax.train.step import bucket_sums, make_train_step, shapes_of
+from xprompt_jax.train.step import bucket_sums, make_eval_step, make_train_step, shapes_of
 
 CONFIG = Config(
     model=TINY,
@@ -275,6 +275,49 @@ def test_nothing_but_the_batch_crosses_to_the_device(tmp_path, monkeypatch):
 def test_another_model_is_not_resumed(finished):
     with pytest.raises(UserError, match="other model settings"):
         train(replace(model={"norm_eps": 1e-6}), finished[1], data, progress=False)
+    for change, told in (({"name": "muon"}, "name adamw, not muon"), ({"ema_decay": 0.5}, "ema_decay 0.0, not 0.5")):
+        with pytest.raises(UserError, match=rf"other optim settings \({told}\)"):
+            train(replace(optim=change), finished[1], data, progress=False)
+
+
+def test_a_run_may_go_on_at_another_learning_rate(finished, tmp_path, caplog):
+    """As a run that has diverged is told to."""
+    workdir = shutil.copytree(finished[1], tmp_path / "run")
+    on = train(replace(train={"steps": 5}, optim={"learning_rate": 1e-7}), workdir, data, progress=False)
+    assert on.step == 5 and "optim.learning_rate is 1e-07 from here on, and was" in caplog.text
+    moved = lambda a, b: max(float(np.abs(a.params[n] - b.params[n]).max()) for n in a.params)
+    assert 0 < moved(on, finished[0]) < 1e-6
+
+
+def test_rows_are_left_out_once_and_for_all(tmp_path):
+    """In whatever order rollbacks fall: a step trains on the rows of its number among those that are left."""
+    left = _LeftOut(tmp_path)
+    left.add(10, 5)
+    assert [left.index(i) for i in (9, 10, 11)] == [9, 15, 16]
+    left.add(8, 4)  # a checkpoint was lost: rows 8, 9, 15 and 16 broke too
+    assert [left.index(i) for i in range(7, 10)] == [7, 17, 18]
+    left.add(8, 1)
+    assert left.index(8) == 18 and [_LeftOut(tmp_path).index(i) for i in range(30)] == [left.index(i) for i in range(30)]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_evaluation_is_a_steps_loss(accumulate):
+    """In microbatches, on any mesh."""
+    config = replace(train={"accumulate": accumulate, "loss_chunk": 3})
+    told = []
+    for devices, mesh in ((jax.devices()[:1], MeshConfig(1, 1, 1)), (jax.devices(), MeshConfig(2, 2, 2))):
+        config = dataclasses.replace(config, mesh=mesh)
+        on, optimizer = make_mesh(config.mesh, devices), make_optimizer(config.optim, config.train.steps)
+        state = init_state(config, optimizer, on, start(on))
+        shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, optimizer, on))
+        with jax.set_mesh(on):
+            batch = shard_batch(data(0, config), on)
+            told.append(jax.device_get(make_eval_step(config, shardings)(state, batch)))
+            _, told_by_training = make_train_step(config, optimizer, shardings)(state, batch)
+        told.append({name: told_by_training[name] for name in told[-1]})
+    for other in told[1:]:
+        for name, value in told[0].items():
+            np.testing.assert_allclose(other[name], value, rtol=1e-4, err_msg=name)
 
 
 def broken_at(bad, calls=None):

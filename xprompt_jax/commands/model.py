@@ -35,6 +35,8 @@ class Convert:
     """Type of the decoder's weights; the image tokenizer keeps its own."""
     image_head: Literal["auto", "keep", "zero", "he"] = "auto"
     """Head rows of the image codes. auto: keep those of models trained to draw, zero the released ones, which cannot."""
+    layout: Literal["plain", "lumina"] | None = None
+    """How the model frames images; by default Lumina-mGPT's folders are lumina, all others plain unless they say."""
     num_xp_tokens: int = 64
     """XP tokens to add to a model that has none."""
     vqgan: Path | None = None
@@ -61,7 +63,8 @@ class Convert:
         from xprompt_jax.convert.verify import verify
 
         source = open_source(
-            self.source, num_xp_tokens=self.num_xp_tokens, vqgan=self.vqgan, tokenizer=self.tokenizer, format=self.format
+            self.source, num_xp_tokens=self.num_xp_tokens, vqgan=self.vqgan, tokenizer=self.tokenizer, format=self.format,
+            layout=self.layout,
         )  # fmt: skip
         options = Options(dtype=self.dtype, image_head=self.image_head, seed=self.seed, to=self.to, shards=self.shards)
         if not (self.verify and self.out.exists()):

@@ -15,6 +15,8 @@ from xprompt_jax.tokens import IMAGE_START
 
 log = logging.getLogger(__name__)
 
+ImageHead = Literal["auto", "keep", "zero", "he"]
+
 _DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _STATISTIC_ROWS = 4096  # embedding rows looked at at once
 
@@ -25,9 +27,9 @@ class Adaptation:
 
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """Of the decoder's weights; the VQGAN keeps its own."""
-    image_head: Literal["auto", "keep", "zero", "he"] = "auto"
+    image_head: ImageHead = "auto"
     """Head rows of the image codes: keep; zero; he (normal, std sqrt(2 / D)); auto keeps those of models that were trained to
-    draw (ours, and Hugging Face folders with a VQGAN decoder) and zeroes the released ones, which cannot."""
+    draw (ours, Lumina-mGPT's, and Hugging Face folders with a VQGAN decoder) and zeroes the released ones, which cannot."""
     seed: int = 0
     """Of new XP embeddings and of `he`."""
 

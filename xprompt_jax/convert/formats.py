@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -25,7 +26,7 @@ _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "token
 
 def open_source(
     name: str | Path, *, num_xp_tokens: int = 64, vqgan: str | Path | None = None, tokenizer: str | Path | None = None,
-    format: Format | None = None,
+    format: Format | None = None, layout: Literal["plain", "lumina"] | None = None,
 ) -> Source:  # fmt: skip
     """Finds out what a model is, from its files.
 
@@ -36,11 +37,22 @@ def open_source(
       vqgan: Meta's vqgan.ckpt, or a .safetensors with the same names, in place of the model's own.
       tokenizer: a text_tokenizer.json in place of the model's own.
       format: which one, where a folder holds several.
+      layout: how the model frames images (`tokens.Layout`); None believes the folder: Lumina-mGPT's own way, what we wrote, or plain.
 
     Raises:
-      UserError: nothing is there, files are missing, or several formats lie in one folder.
+      UserError: nothing is there, files are missing, several formats lie in one folder, or the layout is unknown.
     """
-    folder = _locate(name)
+    if layout not in (None, "plain", "lumina"):
+        raise UserError(f"layout {layout!r} is unknown; use plain or lumina")
+    source = _open(_locate(name), num_xp_tokens=num_xp_tokens, vqgan=vqgan, tokenizer=tokenizer, format=format)
+    if layout is not None:
+        source.config = dataclasses.replace(source.config, layout=layout)
+    return source
+
+
+def _open(
+    folder: Path, *, num_xp_tokens: int, vqgan: str | Path | None, tokenizer: str | Path | None, format: Format | None
+) -> Source:  # fmt: skip
     found = _formats(folder)
     if format is not None and format not in found:
         raise UserError(f"{folder}: holds no {format} model ({_seen(folder)})")

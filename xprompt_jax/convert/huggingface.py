@@ -94,8 +94,13 @@ class HuggingFaceSource:
         self.has_xp = HF_XP in self._tensors
         if self.has_xp:
             config = dataclasses.replace(config, num_xp_tokens=self._tensors[HF_XP].shape[0])
-        self.draws = HF_VQGAN_PREFIX + "decoder.conv_in.weight" in self._tensors
-        self._vqgan = None if self.draws and vqgan is None else VQGANFile.find(folder, vqgan)
+        whole = HF_VQGAN_PREFIX + "decoder.conv_in.weight" in self._tensors
+        # Hugging Face's conversion of the released weights has the VQGAN's encoder inside, a Lumina-mGPT nothing of it.
+        lumina = not any(name.startswith(HF_VQGAN_PREFIX) for name in self._tensors)
+        self.draws = whole or lumina
+        if lumina:
+            config = dataclasses.replace(config, layout="lumina")
+        self._vqgan = None if whole and vqgan is None else VQGANFile.find(folder, vqgan)
         self.config = config if self._vqgan is None else dataclasses.replace(config, vq=self._vqgan.config)
         self.tokenizer = tokenizer or next((folder / n for n in TOKENIZERS if (folder / n).exists()), folder / TOKENIZERS[0])
         self._entries = {entry.ours: entry for entry in hf_decoder(self.config)}

@@ -134,14 +134,14 @@ class MetaSource:
                 raise UserError(f"{path}: no number {key!r}; the file beside Meta's weights has it: fetch it")
         ranks = len(self._ranks)
         shape = lambda name: self._ranks[0].tensors[f"{self._prefix}{name}"].shape
-        head_dim = p["dim"] // p["n_heads"]
+        head_dim = p.get("head_dim", p["dim"] // p["n_heads"])
         try:
             return ModelConfig(
                 vocab_size=shape("output.weight")[0] * ranks, dim=p["dim"], num_layers=p["n_layers"], num_heads=p["n_heads"],
                 num_kv_heads=shape("layers.0.attention.wk.weight")[0] * ranks // head_dim, head_dim=head_dim,
                 ffn_dim=shape("layers.0.feed_forward.w1.weight")[0] * ranks, swin_norm=bool(p.get("swin_norm", False)),
                 norm_eps=float(p.get("norm_eps", 1e-5)), rope_theta=float(p.get("rope_theta", 10000.0)),
-                num_xp_tokens=num_xp_tokens, vq=self._vqgan.config,
+                num_xp_tokens=num_xp_tokens, layout=p.get("xprompt_layout", "plain"), vq=self._vqgan.config,
             )  # fmt: skip
         except KeyError as e:
             raise UserError(f"{self._ranks[0].path}: no tensor {e.args[0]}; the file is damaged or not Chameleon's") from None
@@ -205,10 +205,15 @@ class MetaTarget:
     def finish(self, tokenizer: Path) -> None:
         """params.json, consolidate_params.json, tokenizer/text_tokenizer.json and checklist.chk."""
         c = self.config
-        params = {
+        params: dict[str, Any] = {
             "dim": c.dim, "n_layers": c.num_layers, "n_heads": c.num_heads, "n_kv_heads": c.num_kv_heads, "vocab_size": c.vocab_size,
             "multiple_of": 256, "norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "swin_norm": c.swin_norm, "qk_normalization": True,
         }  # fmt: skip
+        # Meta has no words for these; where they are as usual, the file is as Meta's own.
+        if c.head_dim * c.num_heads != c.dim:
+            params["head_dim"] = c.head_dim
+        if c.layout != "plain":
+            params["xprompt_layout"] = c.layout
         (self.folder / "params.json").write_text(json.dumps({"model": params}, indent=2))
         (self.folder / "consolidate_params.json").write_text(json.dumps({"model_parallel_size": self.ranks}))
         Tokenizer.from_file(tokenizer, limit=c.vocab_size).save(self.folder / "tokenizer" / "text_tokenizer.json")

@@ -6,6 +6,7 @@ import math
 import operator
 from typing import Any
 
+import numpy as np
 import PIL.Image
 
 from xprompt_jax.config import ModelConfig
@@ -75,7 +76,10 @@ def check_list(values: Any, name: str, what: str) -> None:
     Raises:
       UserError: with the cure.
     """
-    if values is not None and (isinstance(values, str | PIL.Image.Image) or not hasattr(values, "__len__")):
+    one = isinstance(values, np.ndarray) and (
+        values.ndim < 3 or (values.ndim == 3 and values.dtype == np.uint8 and values.shape[2] in (3, 4))
+    )
+    if values is not None and (one or isinstance(values, str | PIL.Image.Image) or not hasattr(values, "__len__")):
         raise UserError(f"{name} takes a list; put the {what} into [ ]")
     if values is None or not len(values):
         raise UserError(f"{name} needs at least one {what}")

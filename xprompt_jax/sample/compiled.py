@@ -57,6 +57,8 @@ class CompiledPrompt:
           UserError: there is none, or they come from different models.
         """
         check_list(prompts, "join", "compiled prompt")
+        if not all(isinstance(p, CompiledPrompt) for p in prompts):
+            raise UserError("join takes a list of compiled prompts; XPrompt.compile makes them of examples")
         if len({p.fingerprint for p in prompts}) != 1:
             raise UserError("compiled prompts of different models cannot be joined; compile all with one model")
         return cls(

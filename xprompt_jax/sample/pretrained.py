@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from xprompt_jax.config import ComputeConfig, ModelConfig, to_json
-from xprompt_jax.convert.adapt import Adaptation, Adapted
+from xprompt_jax.convert.adapt import Adaptation, Adapted, ImageHead
 from xprompt_jax.convert.formats import open_source
 from xprompt_jax.convert.native import save_folder
 from xprompt_jax.convert.weights import VQGAN_PREFIX, Source, load_vqgan, tokenizer_of
@@ -34,7 +34,7 @@ _TELLING = 256
 
 def load(
     model: str | Path, *, compute: ComputeConfig | None = None, mesh: Mesh | None = None, dtype: Any = None, weights: str = "float",
-    cache: str = "float", **options: Any,
+    cache: str = "float", image_head: ImageHead = "auto", **options: Any,
 ) -> XPrompt:  # fmt: skip
     """Loads a model.
 
@@ -46,19 +46,26 @@ def load(
       weights: "float", or "int8" to keep the decoder's matrices in a byte a number (model/quantize.py): half the memory of bfloat16, for a
         little of the quality. Compiled prompts fit both.
       cache: "float", or "int8" for the keys and values of what is being drawn.
-      options: num_xp_tokens, vqgan, tokenizer, format of `open_source`.
+      image_head: auto, keep, zero or he; see `convert.adapt.Adaptation`. Anole in Meta's format needs keep.
+      options: num_xp_tokens, vqgan, tokenizer, format, layout of `open_source`.
 
     Raises:
-      UserError: the model is missing, incomplete or damaged; weights or cache is unknown.
+      UserError: the model is missing, incomplete or damaged; dtype, weights, cache, image_head or layout is unknown.
     """
     if weights not in ("float", "int8"):
         raise UserError(f"weights {weights!r} is unknown; use float or int8")
+    if image_head not in get_args(ImageHead):
+        raise UserError(f"image_head {image_head!r} is unknown; use {', '.join(get_args(ImageHead))}")
+    try:
+        dtype = None if dtype is None else jnp.dtype(dtype)
+    except TypeError:
+        raise UserError(f"dtype {dtype!r} is unknown; use float32, bfloat16 or float16") from None
     found = open_source(model, **options)
     if not found.has_xp:
         log.warning("%s has no XP embeddings: new ones are drawn, which carry nothing until they are trained", model)
-    source = Adapted(found, Adaptation())
+    source = Adapted(found, Adaptation(image_head=image_head))
     compute = compute or ComputeConfig(dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
-    decoder, beginnings = load_apart(source, dtype=jnp.dtype(dtype or compute.dtype), mesh=mesh, int8=weights == "int8")
+    decoder, beginnings = load_apart(source, dtype=dtype or jnp.dtype(compute.dtype), mesh=mesh, int8=weights == "int8")
     loaded = XPrompt(decoder, load_vqgan(source), tokenizer_of(source), compute=compute, cache=cache)
     loaded.fingerprint = fingerprint(loaded.config, beginnings, loaded.tokenizer)
     return loaded
@@ -75,8 +82,9 @@ def load_apart(source: Source, *, dtype, mesh: Mesh | None, int8: bool) -> tuple
     params: dict[str, Any] = {}
     beginnings: dict[str, np.ndarray] = {}
     for name in flatten(like):
-        value = source.read(name).astype(dtype)
-        beginnings[name] = np.array(value if name == "xp" else value.reshape(-1)[:_TELLING])
+        value = source.read(name)
+        beginnings[name] = np.array(value if name == "xp" else value.reshape(-1)[:_TELLING])  # no rounding before bfloat16's
+        value = value.astype(dtype)
         whole, layer = stacked(name)
         placed = place(value, logical_axes(whole)[layer is not None :], mesh)
         params[name] = quantized_parameter(name, placed) if int8 else placed

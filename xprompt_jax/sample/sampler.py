@@ -196,6 +196,8 @@ class XPrompt:
     def _contexts(self, task, count: int) -> list[CompiledPrompt]:
         if isinstance(task, str | Path):
             raise UserError(f"{task}: a name is no task; give CompiledPrompt.load({str(task)!r}), or a list of Example")
+        if isinstance(task, Example):
+            raise UserError("an Example is no task; put it into [ ]")
         if isinstance(task, CompiledPrompt):
             contexts = [task] * count
         elif task and all(isinstance(t, CompiledPrompt) for t in task):

@@ -82,8 +82,8 @@ def train(
         log.info("resumed from step %d of %s", step, workdir)
 
     writer = MetricWriter(workdir, resume_step=step, wandb_project=config.train.wandb_project, run_config=dataclasses.asdict(config))
-    train_step = make_train_step(config, optimizer, jax.tree.map(lambda a: a.sharding, abstract))
-    eval_step = make_eval_step(config)
+    shardings = jax.tree.map(lambda a: a.sharding, abstract)
+    train_step, eval_step = make_train_step(config, optimizer, shardings), make_eval_step(config, shardings)
     watch, left_out, trace = Watch(config, writer), _LeftOut(workdir), _Trace(config, workdir)
     total, stop = config.train.steps, AnyProcess(mesh)
     with (
@@ -133,6 +133,10 @@ def _placed(batch, mesh):
     return shard_batch(batch, mesh), padding_fraction(batch)
 
 
+_OF_STATE = ("name", "trainable", "lora_rank", "lora_alpha", "lora_targets", "frozen_dtype", "moment_dtype")
+"""Settings of the optimizer that a state is made for; all others may change when a run goes on."""
+
+
 class _Ahead:
     """Makes the next batch while a step runs."""
 
@@ -166,15 +170,26 @@ class _LeftOut:
 
     def __init__(self, workdir: Path):
         self._path = workdir / "left_out.json"
-        self.spans: list[dict[str, int]] = json.loads(self._path.read_text()) if self._path.exists() else []
+        self.spans: list[dict[str, int]] = []
+        self._out: list[int] = []
+        for span in json.loads(self._path.read_text()) if self._path.exists() else []:
+            self._note(span["from"], span["steps"])
 
     def index(self, step: int) -> int:
-        """Which rows step `step` trains on."""
-        return step + sum(span["steps"] for span in self.spans if span["from"] <= step)
+        """Which rows step `step` trains on: those of its number among what is not left out."""
+        for left_out in self._out:
+            if left_out > step:
+                break
+            step += 1
+        return step
+
+    def _note(self, first: int, steps: int) -> None:
+        self._out = sorted([*self._out, *map(self.index, range(first, first + steps))])
+        self.spans.append({"from": first, "steps": steps})
 
     def add(self, first: int, steps: int) -> None:
         """From step `first` on, the next `steps` steps' rows are left out."""
-        self.spans.append({"from": first, "steps": steps})
+        self._note(first, steps)
         if jax.process_index() == 0:
             with atomic_path(self._path) as temporary:
                 temporary.write_text(json.dumps(self.spans))
@@ -239,13 +254,20 @@ def _evaluate(config, step, state, eval_step, eval_data, mesh, writer) -> dict[s
 
 
 def _claim(workdir: Path, config: Config) -> None:
-    """Writes config.json, or checks that the run that is there has the same model and data."""
+    """Writes config.json, or checks that a state of the run that is there is one of this configuration."""
     path = workdir / "config.json"
     if path.exists():
         before = load_json(Config, path)
-        for part in ("model", "optim"):
-            if getattr(before, part) != getattr(config, part):
-                raise UserError(f"{workdir} holds a run with other {part} settings; use another --workdir, or its own config.json")
+        if before.model != config.model:
+            raise UserError(f"{workdir} holds a run with other model settings; use another --workdir, or its own config.json")
+        for field in dataclasses.fields(config.optim):
+            then, now = (getattr(c.optim, field.name) for c in (before, config))
+            if then == now:
+                continue
+            if field.name in _OF_STATE or (field.name == "ema_decay" and 0 in (then, now)):
+                other = f"other optim settings ({field.name} {then}, not {now})"
+                raise UserError(f"{workdir} holds a run with {other}; use another --workdir, or its own config.json")
+            log.warning("optim.%s is %s from here on, and was %s", field.name, now, then)
     if jax.process_index() == 0:
         try:
             workdir.mkdir(parents=True, exist_ok=True)

@@ -72,11 +72,7 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation, sha
     for bucket in config.data.buckets:
         if bucket.rows % parts:
             raise UserError(f"bucket {bucket.name!r} has {bucket.rows} rows, not a multiple of train.accumulate {parts}")
-    rate = schedule(config.optim, config.train.steps)
-    shards = 1
-    if shardings is not None:
-        mesh = jax.tree.leaves(shardings)[0].mesh
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    rate, shards = schedule(config.optim, config.train.steps), _row_shards(shardings)
     for bucket in config.data.buckets:
         if bucket.rows // parts % shards:
             rows = f"{bucket.rows // parts} rows a microbatch"
@@ -92,8 +88,7 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation, sha
         grad = jax.grad(loss, has_aux=True)
         if parts == 1:
             return grad(state.params, state.frozen, batches, key, weight)
-        # Strided, so that every device keeps rows of every microbatch.
-        micro = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(len(a) // parts, parts, *a.shape[1:]), 0, 1), batches)
+        micro = _microbatches(batches, parts)
 
         def body(total, part):
             i, batches = part
@@ -118,10 +113,32 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation, sha
     return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
 
 
-def make_eval_step(config: Config) -> Callable:
-    """The compiled measurement without dropout: (state, batches) -> metrics, on the averaged weights where they exist."""
+def make_eval_step(config: Config, shardings: TrainState | None = None) -> Callable:
+    """The compiled measurement without dropout: (state, batches) -> metrics, on the averaged weights where they exist.
+
+    In the training step's microbatches: what can be trained can be measured.
+    """
+    parts, shards = config.train.accumulate, _row_shards(shardings)
 
     def step(state: TrainState, batches: Batches) -> dict[str, jax.Array]:
-        return _metrics(config, bucket_sums(config, assemble(state.ema or state.params, state.frozen), batches))
+        params = assemble(state.ema or state.params, state.frozen)
+        sums_of = lambda batches: bucket_sums(config, params, batches, shards)
+        if parts == 1:
+            return _metrics(config, sums_of(batches))
+        sums = jax.lax.map(sums_of, _microbatches(batches, parts))
+        return _metrics(config, jax.tree.map(lambda each: jnp.sum(each, axis=0), sums))
 
     return jax.jit(step)
+
+
+def _row_shards(shardings: TrainState | None) -> int:
+    """Devices of data x fsdp."""
+    if shardings is None:
+        return 1
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def _microbatches(batches: Batches, parts: int) -> Batches:
+    """[rows, ...] -> [parts, rows / parts, ...]; strided, so that every device keeps rows of every microbatch."""
+    return jax.tree.map(lambda a: jnp.swapaxes(a.reshape(len(a) // parts, parts, *a.shape[1:]), 0, 1), batches)

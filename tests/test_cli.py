@@ -125,6 +125,21 @@ def test_mistakes_are_one_line(capsys, monkeypatch, arguments, message):
     assert message in fails(capsys, *arguments)
 
 
+def test_names_that_are_too_long_and_texts_of_another_coding(capsys, model, pictures, tmp_path):
+    pair = ("--inputs", pictures, "--outputs", pictures)
+    assert "File name too long; choose a shorter one" in fails(capsys, "tokenize", "--model", model, *pair, "--out", tmp_path / ("x" * 300))
+    (tmp_path / "config.json").write_bytes('{"model": "é"}'.encode("latin-1"))
+    assert "not text in UTF-8" in fails(capsys, "train", "--config", tmp_path / "config.json", "--workdir", tmp_path)
+
+
+def test_a_reader_who_has_seen_enough_is_no_error():
+    """As `head` is."""
+    command = [sys.executable, "-m", "xprompt_jax", "tokenize", "--list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 141
+
+
 def test_bad_files_are_named(capsys, model, tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"")

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from tests.helpers import TINY
 from xprompt_jax.config import PRESETS, MeshConfig
 from xprompt_jax.errors import UserError
-from xprompt_jax.mesh import constrain, make_mesh, report, shard_batch, sharding_for, spec, start_distributed
+from xprompt_jax.mesh import constrain, make_mesh, report, row_share, shard_batch, sharding_for, spec, start_distributed
 from xprompt_jax.model.chameleon import abstract_model
 from xprompt_jax.model.params import flatten, logical_axes
 
@@ -107,6 +108,23 @@ def test_large_tensor_on_every_device_is_refused():
     report(wide, logical_axes, make_mesh(MeshConfig(8, 1, 1)), {"head"})  # plain data parallelism copies on purpose
     small = {"head": jax.ShapeDtypeStruct((41, 20), jnp.float32)}
     report(small, logical_axes, make_mesh(MeshConfig(1, 4, 2)), {"head"})
+
+
+@pytest.mark.parametrize("tensor, owners, shares", [
+    (2, [0, 0, 0, 0, 1, 1, 1, 1], {0: (0, 2), 1: (1, 2)}),  # each process has rows of its own
+    (4, [0, 0, 1, 1, 2, 2, 3, 3], {0: (0, 2), 1: (0, 2), 2: (1, 2), 3: (1, 2)}),  # two hold the same
+    (2, [0, 1, 0, 1, 2, 3, 2, 3], {0: (0, 2), 1: (0, 2), 2: (1, 2), 3: (1, 2)}),
+    (8, [0, 0, 0, 0, 1, 1, 1, 1], {0: (0, 1), 1: (0, 1)}),  # all do
+    (2, [1, 1, 0, 0, 1, 1, 0, 0], {0: (1, 2), 1: (0, 2)}),  # rows of a process are apart
+])  # fmt: skip
+def test_processes_that_hold_the_same_rows_have_one_share(tensor, owners, shares):
+    devices = np.array([types.SimpleNamespace(process_index=owner) for owner in owners]).reshape(1, -1, tensor)
+    mesh = types.SimpleNamespace(devices=devices, shape={"data": 1, "fsdp": 8 // tensor, "tensor": tensor})
+    assert {process: row_share(mesh, process) for process in set(owners)} == shares
+    crossed = types.SimpleNamespace(devices=devices.reshape(-1)[[0, 1, 2, 4, 3, 5, 6, 7]].reshape(1, -1, 2), shape=mesh.shape)
+    if (tensor, owners) == (2, [0, 0, 0, 0, 1, 1, 1, 1]):
+        with pytest.raises(UserError, match=r"hold some rows together and others not; lower --mesh\.tensor"):
+            row_share(crossed, 0)
 
 
 def test_one_process_starts_alone(monkeypatch):

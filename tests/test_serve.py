@@ -312,6 +312,7 @@ class Wordy(Studio):
 
 def test_who_stops_reading_loses_his_place(loaded, monkeypatch):
     monkeypatch.setattr(app, "SEND_SECONDS", 1.0)
+    monkeypatch.setattr(app, "SEND_RATE", 1e9)
     body, headers = form({}, PAIR | {"inputs": PAIR["after"]})
     with serving(Wordy(loaded)) as url:
         silent = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)

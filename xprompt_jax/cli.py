@@ -17,6 +17,7 @@ import io
 import logging
 import os
 import re
+import select
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,20 +120,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         command.run()
+        sys.stdout.flush()
     except UserError as e:
         _fail(str(e))
     except KeyboardInterrupt:
         print("xprompt: stopped", file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:  # whoever reads what is printed has seen enough
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
         sys.stdout = None
         raise SystemExit(141) from None
     except OSError as e:
         if e.errno == errno.ENAMETOOLONG:
-            _fail(f"{e.filename}: {e.strerror}; choose a shorter one")
+            _fail(f"{e.filename or 'a path'}: {e.strerror}; choose a shorter one")
         if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             _fail(f"{e.filename or 'disk'}: {e.strerror}; free space or choose another folder")
         raise
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has seen enough, as `head` has."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _set_compilation_cache(*, keep: bool) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +54,11 @@ def real_folder(path: str | os.PathLike) -> Path:
     return path.resolve() if path.is_symlink() and path.is_dir() else path
 
 
-def check_place(path: str | os.PathLike, mark: str, kind: str) -> Path:
+def check_place(path: str | os.PathLike, marks: Sequence[str], kind: str) -> Path:
     """Refuses to replace a folder that is not of a kind of ours, before the work; an empty one may be replaced.
 
     Args:
-      mark: a file that each of them has.
+      marks: what each of them has in it.
       kind: what is made, in words: "a token store".
 
     Returns:
@@ -68,7 +68,7 @@ def check_place(path: str | os.PathLike, mark: str, kind: str) -> Path:
       UserError: it is something else, or has no name.
     """
     path = real_folder(path)
-    if path.exists() and not (path / mark).exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not all((path / mark).exists() for mark in marks) and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: there already, and not {kind}; choose another place")
     return path
 

@@ -88,6 +88,8 @@ def test_the_image_head(tmp_path, choice, caplog):
     others = np.ones(before.shape[1], bool)
     others[HEADS] = False
     np.testing.assert_array_equal(after[:, others], before[:, others])
+    loaded = XPrompt.from_pretrained(tmp_path / "m/models/tiny", image_head=choice, compute=FP32)
+    np.testing.assert_allclose(loaded.decoder.head[...], after, rtol=1e-6)
     image = after[:, HEADS]
     if choice in ("auto", "zero"):
         assert not image.any()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 
 import jax
 import ml_dtypes
@@ -158,7 +159,12 @@ def test_a_lumina_folder(folder, tmp_path, caplog):
     words = json.loads((path / "tokenizer.json").read_text())
     words["added_tokens"].append({**words["added_tokens"][0], "id": TINY.vocab_size, "content": "<pad_added>"})
     (path / "tokenizer.json").write_text(json.dumps(words))
-    source = open_source(path, num_xp_tokens=5)
+    told = json.loads((path / "config.json").read_text())
+    del told["xprompt_layout"]  # which we alone write
+    (path / "config.json").write_text(json.dumps(told))
+    with caplog.at_level(logging.WARNING):
+        source = open_source(path, num_xp_tokens=5)
+    assert "taken for a Lumina-mGPT" in caplog.text
     assert (source.config.num_xp_tokens, source.has_xp, source.draws) == (5, False, True)
     assert source.config.layout == "lumina" and open_source(path, layout="plain").config.layout == "plain"
     scale = source.read("blocks.1.attention.q_norm.scale")

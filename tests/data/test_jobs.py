@@ -46,6 +46,9 @@ def test_what_is_not_ours_is_never_removed(vqgan, tmp_path):
         with pytest.raises(UserError, match=r"o\.partial: there already, and not what a stopped job left"):
             store_of(Shared(), vqgan, tmp_path / "o", job=job)
     assert (tmp_path / "o.partial" / "notes.txt").read_text() == "mine"
+    (tmp_path / "q.partial" / "store").mkdir(parents=True)  # a name of ours, and nothing of a journal
+    with pytest.raises(UserError, match=r"q\.partial: there already, and not what a stopped job left"):
+        store_of(Shared(), vqgan, tmp_path / "q")
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="p: there already, and not a token store"):

@@ -9,11 +9,12 @@ import pickle
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
 
-from tests.helpers import tiny_tokenizer
+from tests.helpers import TINY, tiny_tokenizer
 from xprompt_jax.config import BucketConfig, DataConfig
 from xprompt_jax.data.images import save_png
 from xprompt_jax.data.pipeline import GENERIC_INSTRUCTIONS, Episodes, Rows
@@ -22,6 +23,7 @@ from xprompt_jax.data.store import Store
 from xprompt_jax.data.table import CATEGORIES, TEXTS
 from xprompt_jax.data.tokenise import tokenize
 from xprompt_jax.errors import UserError
+from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.prompt import DESCRIBE_QUESTION, Prompter, SlotShape
 from xprompt_jax.tokens import Layout, train_tokenizer
 from xprompt_jax.train.metrics import padding_fraction
@@ -299,7 +301,10 @@ def test_paired_folders(tmp_path):
         read(None)
     (tmp_path / "in" / "a" / "rain-0.png").rename(tmp_path / "in" / "a" / "rain-\udce9.png")  # a name that is no UTF-8
     (tmp_path / "out" / "a" / "norain-0.png").rename(tmp_path / "out" / "a" / "norain-\udce9.png")
-    assert len(read(("rain", "norain"))) == 3
+    found = read(("rain", "norain"))
+    found[-1].input.write_bytes(b"no picture")
+    store = tokenize(found, VQGAN(TINY.vq, jax.random.key(1)), tiny_tokenizer(), tmp_path / "store", max_corrupt=1, progress=False)
+    assert len(found) == 3 and len(store.pairs) == 2 and "not an image" in (tmp_path / "store" / "skipped.jsonl").read_text()
 
 
 @pytest.mark.parametrize("line, message", [

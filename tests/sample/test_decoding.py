@@ -1,5 +1,6 @@
 """Decoding against the oracle: compiled = masked, windows = one by one, alone = in a batch."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -15,11 +16,12 @@ from tests.helpers import FP32, TINY, tiny_tokenizer
 from xprompt_jax.data.images import save_png
 from xprompt_jax.data.retrieval import build_index
 from xprompt_jax.errors import UserError
+from xprompt_jax.files import write_tensors
 from xprompt_jax.model.chameleon import Chameleon, extend, project_logits
 from xprompt_jax.model.params import flatten, unflatten
 from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.prompt import Sample, SlotShape, fill
-from xprompt_jax.sample.compiled import CompiledPrompt
+from xprompt_jax.sample.compiled import FORMAT, CompiledPrompt
 from xprompt_jax.sample.defaults import DEFAULTS
 from xprompt_jax.sample.draw import explained_memory, image_keys
 from xprompt_jax.sample.guidance import Guidance
@@ -285,6 +287,13 @@ def test_compiled_prompt_file(model, tmp_path):
         CompiledPrompt.load(tmp_path / "none.xprompt")
     with pytest.raises(UserError, match="at least one compiled prompt"):
         CompiledPrompt.join([])
+    with pytest.raises(UserError, match="join takes a list of compiled prompts"):
+        CompiledPrompt.join([example(2)])
+    for prompt in (several, task):  # files of before, of which those of several examples lost their order
+        header = {name: value for name, value in told.items() if name not in ("format", "whole")}
+        write_tensors(path, FORMAT, {"k": prompt.k, "v": prompt.v, "lengths": prompt.lengths}, header)
+        with pytest.raises(UserError, match="written before they were kept in order") if prompt is several else contextlib.nullcontext():
+            CompiledPrompt.load(path)
 
 
 @pytest.mark.parametrize("change, message", [

@@ -302,7 +302,7 @@ def test_rows_are_left_out_once_and_for_all(tmp_path):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_evaluation_is_a_steps_loss(accumulate):
-    """In microbatches, on any mesh."""
+    """On any mesh; and where the step is cut into microbatches, so is the evaluation."""
     config = replace(train={"accumulate": accumulate, "loss_chunk": 3})
     told = []
     for devices, mesh in ((jax.devices()[:1], MeshConfig(1, 1, 1)), (jax.devices(), MeshConfig(2, 2, 2))):
@@ -312,7 +312,9 @@ def test_evaluation_is_a_steps_loss(accumulate):
         shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, optimizer, on))
         with jax.set_mesh(on):
             batch = shard_batch(data(0, config), on)
-            told.append(jax.device_get(make_eval_step(config, shardings)(state, batch)))
+            measure = make_eval_step(config, shardings)
+            told.append(jax.device_get(measure(state, batch)))
+            assert f"length={accumulate}" in str(jax.make_jaxpr(measure)(state, batch)) or accumulate == 1
             _, told_by_training = make_train_step(config, optimizer, shardings)(state, batch)
         told.append({name: told_by_training[name] for name in told[-1]})
     for other in told[1:]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from xprompt_jax.errors import UserError
 from xprompt_jax.files import atomic_path
 from xprompt_jax.model.params import stacked
 from xprompt_jax.tokens import Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 def read_config(path: Path, *, num_xp_tokens: int) -> ModelConfig:
@@ -94,11 +97,14 @@ class HuggingFaceSource:
         self.has_xp = HF_XP in self._tensors
         if self.has_xp:
             config = dataclasses.replace(config, num_xp_tokens=self._tensors[HF_XP].shape[0])
+        told = "xprompt_layout" in json.loads((folder / "config.json").read_text())
         whole = HF_VQGAN_PREFIX + "decoder.conv_in.weight" in self._tensors
         # Hugging Face's conversion of the released weights has the VQGAN's encoder inside, a Lumina-mGPT nothing of it.
         lumina = not any(name.startswith(HF_VQGAN_PREFIX) for name in self._tensors)
         self.draws = whole or lumina
-        if lumina:
+        if lumina and not told:
+            log.warning("%s: nothing of a VQGAN inside, so it is taken for a Lumina-mGPT: its image head is kept, images are framed its "
+                        "way; otherwise give the layout plain and the image head zero", folder)  # fmt: skip
             config = dataclasses.replace(config, layout="lumina")
         self._vqgan = None if whole and vqgan is None else VQGANFile.find(folder, vqgan)
         self.config = config if self._vqgan is None else dataclasses.replace(config, vq=self._vqgan.config)

@@ -33,8 +33,8 @@ from xprompt_jax.model.vqgan import VQGAN
 from xprompt_jax.tokens import Tokenizer
 
 FILES = ("config.json", "text_tokenizer.json", "params", "vqgan", "vqgan.json")
-MODEL_FOLDER = "vqgan.json", "a model folder"
-"""What `files.check_place` knows a model folder by: no other program writes a file of this name."""
+MODEL_FOLDER = ("params", "vqgan.json"), "a model folder"
+"""What `files.check_place` knows a model folder by."""
 
 
 class NativeSource:

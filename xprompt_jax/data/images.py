@@ -192,7 +192,7 @@ def list_images(folder: str | os.PathLike[str]) -> list[Path]:
         raise UserError(f"{error.filename}: cannot read the folder: {error.strerror}; change its permissions") from None
 
     found = [
-        Path(root) / name for root, names in walk(folder, fail) for name in names
+        Path(root) / name for root, names in walk(folder, fail, twice=False) for name in names
         if Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")
     ]  # fmt: skip
     if not found:
@@ -200,16 +200,18 @@ def list_images(folder: str | os.PathLike[str]) -> list[Path]:
     return sorted(found)
 
 
-def walk(folder: str | os.PathLike[str], fail: Callable[[OSError], None]) -> Iterator[tuple[str, list[str]]]:
+def walk(folder: str | os.PathLike[str], fail: Callable[[OSError], None], *, twice: bool = True) -> Iterator[tuple[str, list[str]]]:
     """(folder, names of its files) of a folder and all below it but hidden ones; links are followed unless they lead back.
 
     Args:
       fail: told of folders that cannot be read.
+      twice: whether links are followed that lead to another place in the folder itself, whose files then come again.
     """
     above: dict[str, frozenset[str]] = {}
+    top = os.path.realpath(folder)
     for root, folders, names in os.walk(os.fspath(folder), onerror=fail, followlinks=True):
         around, here = above.pop(root, frozenset()), os.path.realpath(root)
-        if here in around:
+        if here in around or (not twice and os.path.islink(root) and os.path.commonpath([here, top]) == top != here):
             folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))

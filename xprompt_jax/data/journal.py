@@ -41,7 +41,10 @@ def refuse_foreign(folder: Path) -> None:
     Raises:
       UserError: something else is in it, or it is a file.
     """
-    if folder.exists() and (not folder.is_dir() or any(p.name not in _FILES and not p.name.startswith(".") for p in folder.iterdir())):
+    if not folder.exists():
+        return
+    found = {p.name for p in folder.iterdir() if not p.name.startswith((".nfs", ".DS_Store"))} if folder.is_dir() else {""}
+    if found - _FILES or (found and not found & {"job.json", "lock", "progress.json"}):
         raise UserError(f"{folder}: there already, and not what a stopped job left; move it, or choose another place")
 
 
@@ -139,7 +142,7 @@ class Journal:
     def add_row(self, kind: str, row: Mapping[str, Any], done: int) -> None:
         """Adds a line to pairs.jsonl or skipped.jsonl (`kind` "pairs" or "skipped"); with it, `done` records are done."""
         with self._told():
-            self._logs[f"{kind}.jsonl"].write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            self._logs[f"{kind}.jsonl"].write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
         self.skipped += kind == "skipped"
         self.done = done
 

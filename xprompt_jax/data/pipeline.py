@@ -73,7 +73,7 @@ class Rows:
       config: buckets, mixture, mode, seed.
       num_xp: S.
       split: "train" or "eval".
-      host: (index, count) of this process.
+      host: (index, count), which share of a step's rows this process feeds (`mesh.row_share`).
 
     Raises:
       UserError: a bucket finds no pair in the store, or its rows do not divide over the hosts.
@@ -92,7 +92,7 @@ class Rows:
         """Of all buckets: queries, directions and kinds of answer."""
         for number, bucket in enumerate(config.buckets):
             if bucket.rows % count:
-                raise UserError(f"bucket {bucket.name!r}: {bucket.rows} rows do not divide over {count} hosts")
+                raise UserError(f"bucket {bucket.name!r}: {bucket.rows} rows do not divide over {count} hosts or groups of them")
             episodes = Episodes(store, prompter, config, bucket, num_xp, split, neighbours, table)
             self.num_episodes += len(episodes)
             # Seeds differ by bucket and split; Grain hands every global row its own generator before hosts take their share.

@@ -37,7 +37,7 @@ from xprompt_jax.errors import UserError
 from xprompt_jax.files import atomic_path, check_place, read_tensors, write_tensors
 
 FORMAT = "xprompt-index-3"
-PLACE = "index.safetensors", "an index of `xprompt index`"
+PLACE = ("index.safetensors",), "an index of `xprompt index`"
 """What `files.check_place` knows an index by."""
 HASHED = "hashed-ngram-"
 Exclude = Literal["row", "image", "session"]

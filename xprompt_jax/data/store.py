@@ -154,7 +154,7 @@ class StoreWriter:
         self._names = {name: pa.array(list(names[name]), pa.string()) for name in CATEGORIES}
         self._file = pa.ipc.new_file(str(folder / "pairs.arrow"), NAMED)
         self._judged = (folder / "holdouts.jsonl").open("w", encoding="utf-8")
-        self._skipped = (folder / "skipped.jsonl").open("w", encoding="utf-8")
+        self._skipped = (folder / "skipped.jsonl").open("w", encoding="utf-8", errors="backslashreplace")
         self._edits = list(names["task"]).index(EDITS) if EDITS in names["task"] else -1
         self._waiting: list[pa.RecordBatch] = []
         self._pairs = self._num_skipped = 0

@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 _DECODERS = min(16, os.cpu_count() or 1)
 """Threads that decode images ahead of the VQGAN."""
 
-_STORE = "store.json", "a token store"
+_STORE = ("store.json",), "a token store"
 
 T = TypeVar("T")
 U = TypeVar("U")

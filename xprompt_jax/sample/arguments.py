@@ -76,8 +76,10 @@ def check_list(values: Any, name: str, what: str) -> None:
     Raises:
       UserError: with the cure.
     """
-    one = isinstance(values, np.ndarray) and (
-        values.ndim < 3 or (values.ndim == 3 and values.dtype == np.uint8 and values.shape[2] in (3, 4))
+    one = (
+        isinstance(values, np.ndarray)
+        and values.dtype.kind in "biuf"
+        and (values.ndim < 3 or (values.ndim == 3 and values.dtype == np.uint8 and values.shape[2] in (3, 4)))
     )
     if values is not None and (one or isinstance(values, str | PIL.Image.Image) or not hasattr(values, "__len__")):
         raise UserError(f"{name} takes a list; put the {what} into [ ]")

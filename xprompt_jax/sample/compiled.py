@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from xprompt_jax.sample.sampler import XPrompt
 
 FORMAT = "xprompt-compiled-2"
+_WHOLE = {"whole": "1"}
+"""In the header of files whose tensors were written as they are: before, those of several examples lost their order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ class CompiledPrompt:
         """Writes the file, whole or not at all."""
         header = {
             "fingerprint": self.fingerprint, "tokenizer": self.tokenizer, **_told_of(self.k), "instruction": self.instruction,
-            "thumbnails": json.dumps(self.thumbnails),
+            "thumbnails": json.dumps(self.thumbnails), **_WHOLE,
         }  # fmt: skip
         write_tensors(path, FORMAT, {"k": self.k, "v": self.v, "lengths": self.lengths}, header)
 
@@ -83,6 +85,10 @@ class CompiledPrompt:
           UserError: it is missing, damaged, or not a compiled prompt.
         """
         tensors, header = read_tensors(path, FORMAT, "compiled prompt", "xprompt compile")
+        if tensors.get("lengths", np.zeros(0)).size > 1 and not _WHOLE.items() <= header.items():
+            raise UserError(
+                f"{path}: of several examples, and written before they were kept in order; make it again with `xprompt compile`"
+            )
         try:
             k, v, lengths = (tensors[name] for name in ("k", "v", "lengths"))
             fits = k.ndim == 5 and v.shape == k.shape and lengths.shape == k.shape[:1] and _told_of(k).items() <= header.items()

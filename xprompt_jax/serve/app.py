@@ -43,8 +43,8 @@ log = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 UPLOAD_SECONDS = 120.0
 """How long a request's body may take."""
-SEND_SECONDS = 30.0
-"""How long a visitor may take to read an event: all others in line wait meanwhile."""
+SEND_SECONDS, SEND_RATE = 30.0, 50_000
+"""How long a visitor may take to read an event, and bytes a second besides: all others in line wait meanwhile."""
 _MAX_FIELD = 16 * 1024  # bytes of a form field that is no file
 _LINGER = 1.0  # seconds
 _HEADERS = {
@@ -93,7 +93,10 @@ class _Line:
 
 
 class _Events(StreamingResponse):
-    """A stream whose generator is closed when the visitor leaves or stops reading, so that its place in the line is free at once."""
+    """A stream whose generator is closed when the visitor leaves or stops reading, so that its place in the line is free at once.
+
+    The connection of one who stops reading stays until he closes it, with what was on its way.
+    """
 
     def __init__(self, events: AsyncGenerator[bytes, None]):
         super().__init__(events, media_type="application/x-ndjson", headers={"Cache-Control": "no-store"})
@@ -101,7 +104,7 @@ class _Events(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def soon(message: Message) -> None:
-            await asyncio.wait_for(send(message), SEND_SECONDS)
+            await asyncio.wait_for(send(message), SEND_SECONDS + len(message.get("body", b"")) / SEND_RATE)
 
         try:
             await super().__call__(scope, receive, soon)

@@ -39,7 +39,8 @@ def make(tmp_path, monkeypatch):
 
 
 def test_both_stages(make, tmp_path):
-    make("mini_cpu.py")
+    make("mini_cpu.py", "--tasks", "denoise", "depth", "sepia", "recolor")
+    assert {pair.task for pair in Store.open(tmp_path / "out/tokens").pairs} == {"denoise", "depth", "sepia", "recolor"}
     first = XPrompt.from_pretrained(tmp_path / "out/run/model")
     assert first.xp_embeddings.shape == (2, 32) and len(Store.open(tmp_path / "out/tokens").pairs) == 4 * 44
     make("mini_several.py", "--run", "second", "--train.init-from", tmp_path / "out/run/model", "--optim.learning-rate", 0)

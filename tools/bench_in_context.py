@@ -79,6 +79,9 @@ def main() -> None:
         "--window", type=at_least(1), default=1,
         help="codes computed at once; the images are the same: one is fastest on a CPU, 16 on an accelerator",
     )  # fmt: skip
+    parser.add_argument(
+        "--no-controls", action="store_true", help="leave out `none` and `wrong`: a third of the drawing, to compare models with each other"
+    )
     parser.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS)
     parser.add_argument("--tasks", nargs="+", help="these alone")
     parser.add_argument(
@@ -93,8 +96,8 @@ def main() -> None:
     for name, folder in args.models:
         model, photos = opened(folder, args.photos)
         settings = {"fingerprint": model.fingerprint, "groups": args.groups, "queries": args.queries, "photos": len(photos)}
-        settings |= {"guidance": args.guidance, "temperature": args.temperature}
-        file, known = place / f"{name}.csv.gz", told["models"].get(name, {})
+        settings |= {"guidance": args.guidance, "temperature": args.temperature, "controls": not args.no_controls}
+        file, known = place / f"{name}.csv.gz", {"controls": True} | told["models"].get(name, {})
         rows = read(file) if file.exists() and settings.items() <= known.items() else []
         done = {(row["level"], int(row["seed"])) for row in rows}
         jobs = [(level, seed) for seed in range(args.seeds) for level in args.levels if (level, seed) not in done]
@@ -174,11 +177,12 @@ def ask(
         mode = "causal" if name.startswith("causal") else "xprompt"
         law = {"guidance": args.guidance} | ({"temperature": args.temperature} if args.temperature else {"top_k": 1, "temperature": 1.0})
         count: dict[str, int] = defaultdict(int)
-        for o in run_pairs(model, episodes, no_example=True, mode=mode, seed=seed, window=args.window, **law):
+        drawn = {"no_example": not args.no_controls, "wrong": not args.no_controls, "mode": mode, "seed": seed, "window": args.window}
+        for o in run_pairs(model, episodes, **drawn, **law):
             query = o.episode.query
             row: dict[str, str | float] = dict(zip(KEYS, (level, words, seed, query.task, query.group, count[query.group]), strict=True))
             count[query.group] += 1
-            for arm in ARMS:
+            for arm in filter(o.images.__contains__, ARMS):
                 row[f"{arm}/all"] = round(psnr_rgb(o.images[arm], o.target), 3)
                 row[f"{arm}/changed"] = round(changed_region_psnr(query.input, o.images[arm], o.target), 3)
             yield row
@@ -228,7 +232,8 @@ def scored(rows: Sequence[Row], measure: str, others: Mapping[str, Mapping[tuple
     """Means of all arms, differences against the controls and against what other models drew in the same episodes, and each task alone."""
     value = lambda row, arm: min(float(row[f"{arm}/{measure}"]), 60.0)  # an exact copy is infinitely good
     usable = [row for row in rows if row[f"copied/{measure}"] != "nan"]
-    table = {arm: float(np.mean([value(row, arm) for row in usable])) for arm in ARMS}
+    arms = [arm for arm in ARMS if all(row.get(f"{arm}/{measure}") for row in usable)]  # controls may not have been drawn
+    table = {arm: float(np.mean([value(row, arm) for row in usable])) for arm in arms}
     result: dict = {
         "episodes": len(usable),
         "tasks": len({row["task"] for row in usable}),
@@ -242,7 +247,7 @@ def scored(rows: Sequence[Row], measure: str, others: Mapping[str, Mapping[tuple
             by_group[row["level"], row["group"]].append(value(row, "drawn") - of_row(row))
         return [round(v, 2) for v in paired_bootstrap([float(np.mean(of_group)) for of_group in by_group.values()])]
 
-    for arm in (NO_EXAMPLE, "wrong"):
+    for arm in filter(arms.__contains__, (NO_EXAMPLE, "wrong")):
         result[f"drawn - {arm}"] = difference(lambda row, arm=arm: value(row, arm), usable)
     for other, known in others.items():
         find = lambda row, known=known: known.get(tuple(row[k] for k in KEYS))
@@ -253,12 +258,14 @@ def scored(rows: Sequence[Row], measure: str, others: Mapping[str, Mapping[tuple
         result.setdefault("beside", {})[other] = difference(lambda row, find=find: value(find(row), "drawn"), same)
         if re.fullmatch(r"full\d*", other):
             result["dB"]["full"] = round(float(np.mean([value(find(row), "drawn") for row in same])), 2)
-            gap = result["dB"]["full"] - result["dB"][NO_EXAMPLE]
-            result["gap closed"] = round((result["dB"]["drawn"] - result["dB"][NO_EXAMPLE]) / gap, 2) if gap > 0 else None
+            if NO_EXAMPLE in arms:
+                gap = result["dB"]["full"] - result["dB"][NO_EXAMPLE]
+                result["gap closed"] = round((result["dB"]["drawn"] - result["dB"][NO_EXAMPLE]) / gap, 2) if gap > 0 else None
     by_task = defaultdict(list)
     for row in usable:
-        by_task[row["task"]].append((value(row, NO_EXAMPLE), value(row, "wrong"), value(row, "drawn"), value(row, "ceiling")))
-    result["by task"] = {task: [round(float(v), 2) for v in np.mean(values, axis=0)] for task, values in sorted(by_task.items())}
+        by_task[row["task"]].append([value(row, arm) if arm in arms else np.nan for arm in (NO_EXAMPLE, "wrong", "drawn", "ceiling")])
+    means = {task: np.mean(values, axis=0) for task, values in sorted(by_task.items())}
+    result["by task"] = {task: [None if np.isnan(v) else round(float(v), 2) for v in each] for task, each in means.items()}
     return result
 
 
@@ -272,8 +279,8 @@ def markdown(tables: Sequence[Mapping]) -> str:
         lines += [f"## {title}", "", f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
         for t in tables:
             if t["measure"] == measure:
-                interval = lambda key, t=t: "{:+.2f} [{:+.2f}, {:+.2f}]".format(*t[key])
-                cells = [t["model"], t["words"], t["level"], t["tasks"], t["episodes"], *(t["dB"][arm] for arm in ARMS)]
+                interval = lambda key, t=t: "{:+.2f} [{:+.2f}, {:+.2f}]".format(*t[key]) if key in t else ""
+                cells = [t["model"], t["words"], t["level"], t["tasks"], t["episodes"], *(t["dB"].get(arm, "") for arm in ARMS)]
                 cells += [interval(f"drawn - {NO_EXAMPLE}"), interval("drawn - wrong"), t["dB"].get("full", ""), t.get("gap closed", "")]
                 lines.append("| " + " | ".join(map(str, cells)) + " |")
         lines.append("")
@@ -288,7 +295,8 @@ def markdown(tables: Sequence[Mapping]) -> str:
     for t in tables:
         if t["measure"] == "all" and t["words"] == "generic" and t["level"] in LEVELS:
             lines += [f"### {t['model']}, {t['level']}", "", "| task | none | wrong | right | ceiling |", "|" + " --- |" * 5]
-            lines += ["| " + " | ".join(map(str, (task, *values))) + " |" for task, values in t["by task"].items()] + [""]
+            rows = [(task, *("" if v is None else v for v in values)) for task, values in t["by task"].items()]
+            lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows] + [""]
     return "\n".join(lines)
 
 

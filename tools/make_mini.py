@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--pairs-per-group", type=at_least(2), default=4, help="an example and tasks")
     parser.add_argument("--vq-steps", type=at_least(1), default=1600)
     parser.add_argument("--vq-batch", type=at_least(1), default=16)
+    parser.add_argument("--tasks", nargs="+", help="sub-tasks to train on, of those of xprompt_jax/data/tasks.py; all without it")
     parser.add_argument("--full", action="store_true", help="hold nothing out: the benchmark's arm of full training")
     parser.add_argument("--tokenizers", help="folder of finished tokenizers, or a model that has them; those of train.init_from otherwise")
     parser.add_argument("--run", default="run", help="name of the training's folder in OUT")
@@ -110,7 +111,8 @@ def make_store(args: argparse.Namespace, config: Config, store: Path) -> None:
         check_tokenizers(config.model, *ready, known)
     photos = free_photographs(size)
     records = list(training_pairs(
-        groups=args.groups, pairs_per_group=args.pairs_per_group, size=size, seed=config.data.seed, photos=photos, full=args.full,
+        groups=args.groups, pairs_per_group=args.pairs_per_group, size=size, seed=config.data.seed, photos=photos, tasks=args.tasks,
+        full=args.full,
     ))  # fmt: skip
     # The last hundredth of the groups shows while training whether it goes well; the benchmark asks other pairs.
     last = {r.group for r in records[-max(len(records) // 100, EVAL_GROUPS * args.pairs_per_group) :]}

@@ -54,3 +54,13 @@ def test_other_questions_are_not_the_same_episodes():
     alike = bench.summary(both, {"xp1": asked, "causal1": asked})
     assert all("beside" in t for t in alike)
     assert all("beside" not in t for t in bench.summary(both, {"xp1": asked, "causal1": asked | {"queries": 3}}))
+
+
+def test_controls_that_were_not_drawn_are_left_out():
+    bare = [row | {f"{arm}/{m}": "" for arm in ("none", "wrong") for m in bench.MEASURES} for row in episodes(15.0)]
+    told = bench.summary({"xp1": episodes(16.0), "few1": bare, "full1": bare})
+    row = lambda name: next(t for t in told if t["model"] == name and t["measure"] == "all" and t["words"] == "generic")
+    assert set(row("few1")["dB"]) == {"copied", "drawn", "ceiling", "full"} and row("few1")["by task"]["task0"] == [None, None, 16.0, 26.0]
+    assert not {"drawn - none", "drawn - wrong", "gap closed"} & set(row("few1"))
+    assert row("few1")["beside"]["xp1"] == [-1.0, -1.0, -1.0] and row("xp1")["gap closed"] == 1.33
+    assert "| few1 | generic | parameters | 2 | 8 | 11.5 |  |  | 16.5 | 26.5 |  |  | 16.5 |  |" in bench.markdown(told)

@@ -225,8 +225,11 @@ def test_run_pairs_takes_records_in_memory_and_ignores_company(model):
     assert [e.wrong.task for e in episodes] == ["b", "a", "b"] and len(episodes) == 3
     outcomes = list(run_pairs(model, episodes, seed=5, progress=False, temperature=0.2))
     alone = next(run_pairs(model, episodes[1:2], seed=5, progress=False, temperature=0.2))
+    bare = list(run_pairs(model, episodes, wrong=False, seed=5, progress=False, temperature=0.2))
     for arm in ARMS:
         np.testing.assert_array_equal(outcomes[1].images[arm], alone.images[arm])
+    assert set(bare[0].images) == {*ARMS} - {"wrong"} and len(bare) == 3
+    np.testing.assert_array_equal(bare[1].images["drawn"], alone.images["drawn"])
     query, wrong = episodes[1].query, episodes[1].wrong
     np.testing.assert_array_equal(alone.images["copied"], query.input)
     np.testing.assert_array_equal(alone.target, query.output)

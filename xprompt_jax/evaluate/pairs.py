@@ -153,17 +153,18 @@ class Examples:
 
 
 def run_pairs(
-    model: XPrompt, episodes: Sequence[Episode], *, read: Read | None = None, no_example: bool = False, mode: Mode = "xprompt",
-    seed: int = 0, progress: bool = True, **sampling: Any,
+    model: XPrompt, episodes: Sequence[Episode], *, read: Read | None = None, no_example: bool = False, wrong: bool = True,
+    mode: Mode = "xprompt", seed: int = 0, progress: bool = True, **sampling: Any,
 ) -> Iterator[Outcome]:  # fmt: skip
     """Draws every episode from its example and from its wrong example, in batches.
 
-    Examples are compiled once each. The words of the task are the query's own in both arms, so what the wrong example loses came
+    Examples are compiled once each. The words of the task are the query's own in all arms, so what the wrong example loses came
     through the XP tokens. An image depends on the seed and its own prompt alone, not on the order or the number of episodes.
 
     Args:
       read: opens a record; the default is the centre crop that models are trained on.
       no_example: draws every query without an example too, as the arm NO_EXAMPLE.
+      wrong: draws from the wrong example; False leaves that arm out.
       mode: how examples are shown.
       sampling: defaults, temperature, top_k, top_p, guidance, decoding, window of `XPrompt.generate`.
 
@@ -182,23 +183,21 @@ def run_pairs(
             opened = {id(e.query): e.query for e in part}
             pictures, ceilings = read_queries(model, opened, read)
             codes = dict(zip(opened, model.encode_images([pictures[key][0] for key in opened]), strict=True))  # once for all arms
-            own, other = [shown(e.example)[0] for e in part], [shown(e.wrong, e.backwards)[0] for e in part]
-            queries = [e.query for e in part] * 2
-            prompts = own + other
+            by_arm = {"drawn": [shown(e.example)[0] for e in part]}
+            if wrong:
+                by_arm["wrong"] = [shown(e.wrong, e.backwards)[0] for e in part]
             if no_example:
-                prompts, queries = prompts + [shown.nothing] * len(opened), [*queries, *opened.values()]
+                by_arm[NO_EXAMPLE] = [shown.nothing] * len(part)
             # What is shown the same is drawn once.
-            rows = {(id(p), id(q)): (p, q) for p, q in zip(prompts, queries, strict=True)}
+            rows = {(id(p), id(e.query)): (p, e.query) for prompts in by_arm.values() for p, e in zip(prompts, part, strict=True)}
             drawn = dict(zip(rows, draw_shown(
                 model, [p for p, _ in rows.values()], [q.instruction for _, q in rows.values()],
                 [codes[id(q)] for _, q in rows.values()], seed=seed, **sampling,
             ), strict=True))  # fmt: skip
             for i, e in enumerate(part):
                 key, (before, after) = id(e.query), pictures[id(e.query)]
-                arms = {"drawn": drawn[id(own[i]), key], "wrong": drawn[id(other[i]), key], "copied": before, "ceiling": ceilings[key]}
-                if no_example:
-                    arms[NO_EXAMPLE] = drawn[id(shown.nothing), key]
-                yield Outcome(e, shown(e.example)[1], arms, after)
+                arms = {arm: drawn[id(prompts[i]), key] for arm, prompts in by_arm.items()}
+                yield Outcome(e, shown(e.example)[1], {**arms, "copied": before, "ceiling": ceilings[key]}, after)
             bar.update(len(part))
 
 

@@ -1,4 +1,4 @@
-"""The mini: a Chameleon in everything but size, on one GPU."""
+"""A greater mini than the one that ships, for one GPU: a Chameleon in everything but size, of 256 codes. Not trained yet."""
 
 from xprompt_jax.config import PRESETS, BucketConfig, ComputeConfig, Config, DataConfig, OptimConfig, TrainConfig
 

@@ -1,6 +1,6 @@
 """Does in-context generation through XP tokens work here? The proof, on tasks that the models have never seen.
 
-    python tools/bench_in_context.py --models xp=runs/mini_cpu/run/model causal=... full=... --photos PHOTOS
+    python tools/bench_in_context.py --models xp=runs/mini_cpu/run/model causal=... full=... --photos PHOTOS --out DIR
     python tools/bench_in_context.py --tables       # the tables again, from the episodes that are there
 
 Each model is asked pairs of the three levels of `xprompt_jax/data/levels.py`, drawn free-running and, unless flags say otherwise, greedily,
@@ -16,9 +16,11 @@ under named words ("remove the rain") and under generic ones ("do the same to th
 Models are compared with each other, episode by episode, where their names end in the same number, such as the steps that each was
 trained for: xp2400, causal2400, full2400 (and names without a number among themselves), and the same was asked with the same flags.
 
-The same command goes on where it was stopped. Writes benchmarks/in_context/: episodes/MODEL.csv.gz (a line for each episode, PSNR-RGB in
-dB over all pixels and over those that the task changes), results.json (machine, versions, commands, tables) and tables.md. Intervals are
-95 %, paired bootstrap over groups: the queries of a group share their example.
+PHOTOS of the stored episodes are the 300 training and validation photographs of BSDS500; other photographs ask something else.
+The same command goes on where it was stopped. Writes to --out, by default over the stored results in benchmarks/in_context:
+episodes/MODEL.csv.gz (a line for each episode, PSNR-RGB in dB over all pixels and over those that the task changes), results.json
+(machine, versions, commands, tables) and tables.md. Intervals are 95 %, paired bootstrap over groups: the queries of a group share
+their example.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import csv
 import dataclasses
 import functools
 import gzip
+import hashlib
 import json
 import multiprocessing
 import os
@@ -58,7 +61,7 @@ WORDS = ("named", "generic")
 ARMS = ("copied", NO_EXAMPLE, "wrong", "drawn", "ceiling")
 KEYS = ("level", "words", "seed", "task", "group", "query")
 MEASURES = ("all", "changed")
-ASKED = ("groups", "queries", "photos", "guidance", "temperature")
+ASKED = ("groups", "queries", "photos", "photos_sha256", "guidance", "temperature")
 """Settings that an episode depends on besides its model: the example of a group, for one, is another where it has more queries."""
 Row = Mapping[str, str | float]
 
@@ -96,6 +99,7 @@ def main() -> None:
     for name, folder in args.models:
         model, photos = opened(folder, args.photos)
         settings = {"fingerprint": model.fingerprint, "groups": args.groups, "queries": args.queries, "photos": len(photos)}
+        settings |= {"photos_sha256": hashlib.sha256(b"".join(photo.tobytes() for photo in photos)).hexdigest()[:16]}
         settings |= {"guidance": args.guidance, "temperature": args.temperature, "controls": not args.no_controls}
         file, known = place / f"{name}.csv.gz", {"controls": True} | told["models"].get(name, {})
         rows = read(file) if file.exists() and settings.items() <= known.items() else []

@@ -39,7 +39,7 @@ _STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
 
 @dataclass(frozen=True)
 class VQConfig:
-    """The VQGAN image tokenizer (facts: chameleon.md 2.1). Defaults are Chameleon's: 512 x 512 pixels to 32 x 32 codes."""
+    """The VQGAN image tokenizer (Meta's `vqgan.yaml`). Defaults are Chameleon's: 512 x 512 pixels to 32 x 32 codes."""
 
     __pydantic_config__ = _STRICT
     channels: int = 128
@@ -71,7 +71,7 @@ class VQConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Chameleon-family decoder with XP tokens (facts: chameleon.md 1.1). Defaults are the 7B's."""
+    """A Chameleon-family decoder with XP tokens. Defaults are the 7B's."""
 
     __pydantic_config__ = _STRICT
     vocab_size: int = 65536
@@ -221,7 +221,7 @@ LORA_TARGETS: tuple[LoraTarget, ...] = get_args(LoraTarget)
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with warm-up (facts: chameleon.md section 5; the paper gives lr 1e-4, cosine, batch 1024, 20k steps)."""
+    """AdamW with warm-up (the paper: lr 1e-4, cosine, batch 1024, 20k steps)."""
 
     __pydantic_config__ = _STRICT
     name: Literal["adamw", "muon"] = "adamw"

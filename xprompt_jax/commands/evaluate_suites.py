@@ -250,8 +250,8 @@ class Table4(DrawingFlags):
     Give the models and the data sets that you have. Every run lies in OUT/TASK/MODEL, as the suite of that task writes it.
 
     Example:
-      xprompt eval table4 --xprompt runs/held --causal runs/held-causal --full runs/full --low-light LOL/eval15 --derain Rain100H \\
-          --depth nyu/test --out scores/table4
+      xprompt eval table4 --xprompt runs/held/model --causal runs/causal/model --full runs/full/model --low-light LOL/eval15 \\
+          --derain Rain100H --depth nyu/test --out scores/table4
     """
 
     xprompt: str

@@ -76,6 +76,10 @@ def test_another_type_is_rounded_once(tmp_path):
     for name, value in tensors.items():
         want = value if name.startswith("vqgan/") else value.astype("bfloat16")  # in less than float32, codes flip
         assert same_bits(after.read(name), want), name
+    large = native(tmp_path / "large", TINY, tensors | {"norm": tensors["norm"] * 1e7})
+    with pytest.raises(UserError, match="norm: has numbers beyond 65504"):
+        convert(open_source(large), tmp_path / "half", Options(dtype="float16"), progress=False)
+    assert not (tmp_path / "half").exists()
 
 
 @pytest.mark.parametrize("choice", ["auto", "keep", "zero", "he"])

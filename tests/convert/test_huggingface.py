@@ -220,9 +220,41 @@ def test_damaged_folders_are_named(tmp_path):
         read_all(path)
 
 
+def test_the_index_says_which_file_a_tensor_is_in(tmp_path):
+    """Other files, of a moving average say, only add what it lacks."""
+    tensors = random_tensors(TINY, np.random.default_rng(0))
+    path = write_huggingface(tmp_path / "m", TINY, tensors, 40_000)
+    name = "model.norm.weight"
+    true = Tensors(path)[name]
+    for file in ("a.safetensors", "z.safetensors"):
+        safetensors.numpy.save_file({name: np.zeros_like(true)}, path / file)
+    np.testing.assert_array_equal(Tensors(path)[name], true)
+    told = json.loads((path / INDEX).read_text())
+    (path / INDEX).write_text(json.dumps({"weight_map": told["weight_map"] | {name: "model-00001-of-" + told["weight_map"][name][-17:]}}))
+    with pytest.raises(UserError, match=f"model-00001.*has no tensor {name}, which {INDEX} says"):
+        Tensors(path)
+    (path / INDEX).unlink()
+    with pytest.raises(UserError, match=f"a.safetensors and .* both hold {name}; remove"):
+        Tensors(path)
+
+
+@pytest.mark.parametrize("kind", ["I8", "F8_E4M3"])
+def test_quantised_weights_are_refused(tmp_path, kind):
+    header = json.dumps({"w": {"dtype": kind, "shape": [8], "data_offsets": [0, 8]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(UserError, match=f"w is of type {kind}; quantised weights are not read"):
+        Tensors(tmp_path)["w"]
+
+
 @pytest.mark.parametrize("change, message", [
     ({"model_type": "llama"}, "'llama', not 'chameleon'"),
-    ({"attention_bias": True}, "no Chameleon has them"),
+    ({"attention_bias": True}, "attention_bias is set; no Chameleon"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config is set"),
+    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rotary positions of type 'linear'"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rotary positions of type 'yarn'"),
+    ({"hidden_act": "gelu"}, "activation 'gelu'"),
+    ({"hidden_size": "32"}, "config.json: bad value for 'dim'"),
+    ({"vq_config": []}, r"config.json: \[\] stands where an object should"),
     ({"intermediate_size": 40}, "has shape .* the configuration asks for"),
     ({"num_attention_heads": 8}, "does not fit|has shape"),
 ])  # fmt: skip
@@ -231,6 +263,12 @@ def test_a_config_that_does_not_belong_is_told(folder, change, message):
     edit_config(path, **change)
     with pytest.raises(UserError, match=message):
         read_all(path)
+
+
+def test_null_says_nothing(folder):
+    path, tensors = folder
+    edit_config(path, head_dim=None, rope_scaling=None, rope_parameters={"rope_theta": None})
+    assert all(same_bits(value, tensors[name]) for name, value in read_all(path).items())
 
 
 def test_words_are_those_of_the_tokenizer(folder):

@@ -14,7 +14,7 @@ from tests.data.making import coded, folders, hash_of, jsonl, metres, normal_map
 from xprompt_jax.data import palettes
 from xprompt_jax.data.datasets import DATASETS, Options, get_dataset, table
 from xprompt_jax.data.images import open_image
-from xprompt_jax.data.phrases import PHRASES
+from xprompt_jax.data.phrases import PHRASES, pick
 from xprompt_jax.data.sources import held_out
 from xprompt_jax.errors import UserError
 
@@ -349,3 +349,8 @@ def test_training_splits_without_a_test_are_held_out_by_scene(tmp_path):
     for row, record in zip(pairs.pairs.rows, pairs, strict=True):
         splits.setdefault(row["scene"], set()).add(record.split)
     assert all(len(s) == 1 for s in splits.values()) and set.union(*splits.values()) == {"train", "eval"}
+
+
+def test_a_name_that_is_not_utf_8_has_its_words(tmp_path):
+    """As old archives have them: bytes that Python keeps as lone surrogates."""
+    assert pick(("a", "b"), "caf\udce9.png") in ("a", "b")

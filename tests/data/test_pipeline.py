@@ -191,3 +191,10 @@ def test_the_loss_on_whole_tasks_needs_no_setting_beside(store, mode):
 def test_several_inputs_need_a_bucket_without_examples():
     with pytest.raises(UserError, match="several_inputs is for rows of kind image without examples"):
         BucketConfig("x", examples=1, context=8, todo=8, answer=4, rows=1, several_inputs=True)
+
+
+def test_words_that_point_to_an_example_need_one(store):
+    """Rows without examples keep their instruction."""
+    for bucket in BUCKETS[:4]:
+        episodes = Episodes(store, PROMPTER, DataConfig(generic_instruction=1.0), bucket, 3, "train")
+        assert {bool(episodes.choose(i, np.random.default_rng(i)).generic) for i in range(6)} == {bucket.examples > 0}

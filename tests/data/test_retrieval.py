@@ -2,17 +2,19 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from tests.helpers import TINY_VQ, tiny_tokenizer
+from tests.helpers import TINY, TINY_VQ, tiny_tokenizer
 from tests.vision.made import clip_tensors, write_clip
 from xprompt_jax.cli import main
-from xprompt_jax.config import BucketConfig, DataConfig
+from xprompt_jax.config import BucketConfig, Config, DataConfig
 from xprompt_jax.data import sources
+from xprompt_jax.data.mixture import report
 from xprompt_jax.data.pipeline import Episodes, Rows
 from xprompt_jax.data.retrieval import HashedNgramEncoder, RetrievalIndex, build_index, neighbours
 from xprompt_jax.data.sources import Record
@@ -64,6 +66,12 @@ def rows(tmp_path, *lines):
         "".join(json.dumps({"input": a, "output": b, "instruction": text, "split": split}) + "\n" for a, b, text, split in lines)
     )
     return path
+
+
+def test_half_a_letter_is_no_end(tmp_path):
+    """JSON can hold half of a surrogate pair, which UTF-8 cannot."""
+    manifest = rows(tmp_path, ("a", "b", "make it \ud83d happy", "train"), ("c", "d", "make it happy", "train"))
+    assert build_index(manifest, k=1).neighbours.tolist() == [[1], [0]]
 
 
 def test_index_lists_the_nearest_training_pairs_of_other_sessions(tmp_path):
@@ -120,6 +128,9 @@ def test_index_file_round_trips_and_knows_its_source(tmp_path):
     again = RetrievalIndex.load(tmp_path / "sub" / "i")
     for name in ("features", "instructions", "neighbours", "cosines"):
         np.testing.assert_array_equal(getattr(again, name), getattr(index, name))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to(tmp_path / "sub" / "i")
+    assert RetrievalIndex.load(tmp_path / "elsewhere" / "link").source.resolve() == again.source.resolve()
     ((record, cosine),) = again.retrieve("please make it night")
     assert record.instruction == "make it night" and record.input.resolve() == tmp_path / "c" and 0.3 < cosine < 1
     with pytest.raises(UserError, match="no training pair"):
@@ -215,6 +226,9 @@ def test_training_draws_retrieved_examples(vqgan, tmp_path):
         assert shown[2, reverse] <= {0, 1}  # of another group, and held out itself
         assert shown[4, reverse] == {5}  # no neighbour: the group
     assert shown[3, False] <= {0, 1, 4, 5}  # its group has no other training pair
+    model = dataclasses.replace(TINY, num_xp_tokens=3)
+    told = report(Config(model=model, data=dataclasses.replace(config, store=str(tmp_path / "store"))))
+    assert re.search(r" 10 episodes", told), told  # pair 3 among them, whose group has no other training pair
     copy = tokenize(records, vqgan, tiny_tokenizer(), tmp_path / "copy", progress=False)
     Rows(copy, prompter, config, 3)  # of the same pairs
     fewer = tokenize(records[:-1], vqgan, tiny_tokenizer(), tmp_path / "fewer", progress=False)

@@ -70,6 +70,8 @@ def test_lumina_s_rows(tmp_path):
     ({"instruction": "x", "input_images": "a", "output_image": "o"}, "'input_images' must be a list"),
     ({"instruction": "x", "input_images": ["a"], "output_images": ["o", "p"]}, "'output_image' one path"),
     ({"input_images": ["a"], "output_image": "o"}, "no text field 'i"),
+    ({"input": "a", "output": "b", "instruction": "x", "split": "test"}, "'split' is 'test'; it can be 'train' or 'eval'"),
+    ({"input": "a", "output": "b", "instruction": "x", "holdout": "maybe"}, "'holdout' is 'maybe'; it can be '' or 'yes' or 'no'"),
 ])  # fmt: skip
 def test_what_cannot_be_is_told_with_its_line(tmp_path, row, told):
     with pytest.raises(UserError, match=rf"m\.jsonl, line 1: [^\n]*{told}"):

@@ -69,3 +69,28 @@ def test_going_back_ends_somewhere(tmp_path):
         train(config, tmp_path / "early", broken_at({1}), progress=False)
     with pytest.raises(UserError, match="Rolled back 5 times already"):
         train(config, tmp_path / "often", broken_at(set(range(3, 99))), progress=False)
+
+
+def test_a_resumed_run_finds_the_spikes_of_the_uninterrupted_one(tmp_path):
+    """The running mean that losses are held against goes on from the checkpoint."""
+    config = replace(train={"steps": 6, "spike_factor": 50.0})
+    train(config, tmp_path / "whole", data, progress=False)
+    cut = shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    known = json.loads((cut / "mean_loss.json").read_text())
+    assert list(known) == ["2", "4", "6"]
+    for step in "4", "6":
+        shutil.rmtree(cut / "checkpoints" / step)
+    train(config, cut, data, progress=False)
+    assert json.loads((cut / "mean_loss.json").read_text()) == known
+
+    for step in "4", "6":
+        shutil.rmtree(cut / "checkpoints" / step)
+    (cut / "mean_loss.json").write_text(json.dumps(known | {"2": known["2"] / 100}))
+    with pytest.raises(UserError, match="step 3: loss .* more than 50.0 times its running mean"):
+        train(config, cut, data, progress=False)
+
+
+def test_a_run_goes_back_while_it_is_profiled(tmp_path):
+    config = replace(train={"steps": 9, "on_divergence": "roll-back", "profile": (5, 8)})
+    assert train(config, tmp_path, broken_at({5}), progress=False).step == 9
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))

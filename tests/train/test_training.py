@@ -24,7 +24,7 @@ from xprompt_jax.train.loss import cross_entropy, gather_answers
 from xprompt_jax.train.metrics import attention_pairs, read_metrics, row_flops
 from xprompt_jax.train.optim import make_optimizer, merge, schedule, split_trainable
 from xprompt_jax.train.state import abstract_state, init_state
-from xprompt_jax.train.step import bucket_sums, make_eval_step, make_train_step, shapes_of
+from xprompt_jax.train.step import bucket_sums, make_eval_step, make_train_step, means, shapes_of
 
 CONFIG = Config(
     model=TINY,
@@ -303,7 +303,7 @@ def test_evaluation_is_a_steps_loss(accumulate):
         with jax.set_mesh(on):
             batch = shard_batch(data(0, config), on)
             measure = make_eval_step(config, shardings)
-            told.append(jax.device_get(measure(state, batch)))
+            told.append(jax.device_get(means(config, measure(state, batch))))
             scans = [str(jax.make_jaxpr(f)(state, batch)).count("scan[") for f in (measure, make_eval_step(whole, shardings))]
             assert (scans[0] > scans[1]) == (accumulate > 1)
             _, told_by_training = make_train_step(config, optimizer, shardings)(state, batch)
@@ -311,6 +311,32 @@ def test_evaluation_is_a_steps_loss(accumulate):
     for other in told[1:]:
         for name, value in told[0].items():
             np.testing.assert_allclose(other[name], value, rtol=1e-4, err_msg=name)
+
+
+def test_held_out_losses_are_means_over_tokens(finished):
+    """Of every bucket by itself, over all batches: those that have more of its tokens count for more."""
+    state, workdir = finished
+    mesh = make_mesh(CONFIG.mesh)
+    with jax.set_mesh(mesh):
+        batches = [jax.device_get(make_eval_step(CONFIG)(state, shard_batch(data(i), mesh))) for i in range(2)]
+    (told,) = (m for m in read_metrics(workdir) if m["step"] == 4 and "eval/loss" in m)
+    for bucket in CONFIG.data.buckets:
+        parts = [sums[bucket.name] for sums in batches]
+        want = sum(part.loss for part in parts) / sum(part.weight for part in parts)
+        assert told[f"eval/loss/{bucket.name}"] == pytest.approx(want, rel=1e-5)
+        assert len({float(part.weight) for part in parts}) == 2, "batches alike would not tell"
+
+
+def test_a_start_that_is_refused_claims_no_folder(tmp_path):
+    def refused():
+        raise UserError("other weights")
+
+    with pytest.raises(UserError, match="not a multiple of train.accumulate"):
+        train(replace(train={"accumulate": 3}), tmp_path / "run", data, progress=False)
+    assert not (tmp_path / "run").exists()
+    for config in (CONFIG, replace(model={"norm_eps": 1e-6})):
+        with pytest.raises(UserError, match="other weights"):
+            train(config, tmp_path / "run", data, initial=refused, progress=False)
 
 
 def test_the_best_checkpoint_stays(tmp_path):

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from xprompt_jax.convert.weights import VQGAN_PREFIX, Source
+from xprompt_jax.errors import UserError
 from xprompt_jax.tokens import IMAGE_START
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,14 @@ class Adapted:
             value = self._new_head(value)
         if name.startswith(VQGAN_PREFIX) or self._options.dtype == "keep":
             return value
-        return value.astype(_DTYPES[self._options.dtype])
+        return self._cast(name, value)
+
+    def _cast(self, name: str, value: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            cast = value.astype(_DTYPES[self._options.dtype])
+        if self._options.dtype == "float16" and not np.isfinite(cast).all() and np.isfinite(value).all():
+            raise UserError(f"{name}: has numbers beyond 65504, the largest of float16; convert to bfloat16 or float32")
+        return cast
 
     def _new_head(self, head: np.ndarray) -> np.ndarray:
         head, columns = head.copy(), slice(IMAGE_START, IMAGE_START + self.config.vq.num_codes)

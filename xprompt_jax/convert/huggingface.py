@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from xprompt_jax.config import ModelConfig, VQConfig
+from xprompt_jax.config import ModelConfig, from_json
 from xprompt_jax.convert.names import HF_VQGAN_PREFIX, HF_XP, LAYER, hf_decoder, load_conv, save_conv
 from xprompt_jax.convert.safetensors import INDEX, Tensors, Writer
 from xprompt_jax.convert.vqgan import VQGANFile
@@ -36,28 +36,43 @@ def read_config(path: Path, *, num_xp_tokens: int) -> ModelConfig:
       UserError: the file is missing or is no Chameleon's.
     """
     try:
-        c = json.loads(path.read_text())
+        told = json.loads(path.read_text())
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: cannot read ({e}); give a folder in Hugging Face's format") from None
+    c = _told(told, path)
     if c.get("model_type") != "chameleon":
         raise UserError(f"{path}: model_type is {c.get('model_type')!r}, not 'chameleon'")
-    if c.get("attention_bias") or c.get("mlp_bias") or c.get("tie_word_embeddings"):
-        raise UserError(f"{path}: attention_bias, mlp_bias or tie_word_embeddings is set; no Chameleon has them")
-    vq, heads = c.get("vq_config", {}), c.get("num_attention_heads", 32)
-    rope = c.get("rope_parameters") or {}
-    return ModelConfig(
-        vocab_size=c.get("vocab_size", 65536), dim=c.get("hidden_size", 4096), num_layers=c.get("num_hidden_layers", 32),
-        num_heads=heads, num_kv_heads=c.get("num_key_value_heads", heads),
-        head_dim=c.get("head_dim") or c.get("hidden_size", 4096) // heads, ffn_dim=c.get("intermediate_size", 11008),
-        swin_norm=c.get("swin_norm", False), norm_eps=c.get("rms_norm_eps", 1e-5),
-        rope_theta=float(rope.get("rope_theta", c.get("rope_theta", 10000.0))), num_xp_tokens=num_xp_tokens,
-        layout=c.get("xprompt_layout", "plain"),
-        vq=VQConfig(
-            channels=vq.get("base_channels", 128), channel_multipliers=tuple(vq.get("channel_multiplier", (1, 1, 2, 2, 4))),
-            num_res_blocks=vq.get("num_res_blocks", 2), latent_channels=vq.get("latent_channels", 256),
-            embed_dim=vq.get("embed_dim", 256), num_codes=vq.get("num_embeddings", 8192), image_size=vq.get("resolution", 512),
-        ),
-    )  # fmt: skip
+    vq, rope, scaling = (_told(c.get(name, {}), path) for name in ("vq_config", "rope_parameters", "rope_scaling"))
+    # What would change the numbers, and what no Chameleon has.
+    for name in ("attention_bias", "mlp_bias", "tie_word_embeddings", "quantization_config"):
+        if c.get(name):
+            raise UserError(f"{path}: {name} is set; no Chameleon that can be read has it")
+    kind, act = rope.get("rope_type", scaling.get("rope_type", scaling.get("type", "default"))), c.get("hidden_act", "silu")
+    if kind != "default" or act != "silu":
+        raise UserError(f"{path}: rotary positions of type {kind!r} and activation {act!r}; Chameleon's are 'default' and 'silu'")
+    dim, heads = c.get("hidden_size", 4096), c.get("num_attention_heads", 32)
+    head_dim = dim // heads if isinstance(dim, int) and isinstance(heads, int) and heads else 0
+    # Through JSON, so that a value of a wrong type is one line.
+    return from_json(ModelConfig, json.dumps({
+        "vocab_size": c.get("vocab_size", 65536), "dim": dim, "num_layers": c.get("num_hidden_layers", 32),
+        "num_heads": heads, "num_kv_heads": c.get("num_key_value_heads", heads),
+        "head_dim": c.get("head_dim", head_dim), "ffn_dim": c.get("intermediate_size", 11008),
+        "swin_norm": c.get("swin_norm", False), "norm_eps": c.get("rms_norm_eps", 1e-5),
+        "rope_theta": rope.get("rope_theta", c.get("rope_theta", 10000.0)), "num_xp_tokens": num_xp_tokens,
+        "layout": c.get("xprompt_layout", "plain"),
+        "vq": {
+            "channels": vq.get("base_channels", 128), "channel_multipliers": vq.get("channel_multiplier", [1, 1, 2, 2, 4]),
+            "num_res_blocks": vq.get("num_res_blocks", 2), "latent_channels": vq.get("latent_channels", 256),
+            "embed_dim": vq.get("embed_dim", 256), "num_codes": vq.get("num_embeddings", 8192), "image_size": vq.get("resolution", 512),
+        },
+    }), source=str(path))  # fmt: skip
+
+
+def _told(value: Any, path: Path) -> dict[str, Any]:
+    """What a JSON object says; null says nothing."""
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: {value!r:.60} stands where an object should; give a folder in Hugging Face's format")
+    return {name: v for name, v in value.items() if v is not None}
 
 
 def write_config(config: ModelConfig, vocab: Mapping[str, int], dtype: str) -> dict[str, Any]:

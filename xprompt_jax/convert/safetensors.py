@@ -17,31 +17,45 @@ _NAMES = {
     np.dtype(np.float64): "F64", np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(ml_dtypes.bfloat16): "BF16",
     np.dtype(np.int64): "I64", np.dtype(np.int32): "I32", np.dtype(np.uint8): "U8", np.dtype(np.bool_): "BOOL",
 }  # fmt: skip
+_READ = ("F64", "F32", "F16", "BF16")
 INDEX = "model.safetensors.index.json"
 
 
 class Tensors(Mapping[str, np.ndarray]):
     """The tensors of a folder's *.safetensors by name; a tensor is read when it is asked for.
 
+    Where there is an index, it says which file a tensor is in; files that it does not name add what it lacks.
+
     Raises:
-      UserError: there are none, one that the index names is missing, or one is damaged.
+      UserError: there are none, one that the index names is missing, one is damaged, two hold tensors of one name, or a tensor that is
+        asked for is quantised.
     """
 
     def __init__(self, folder: Path):
         self.folder, self.files = folder, sorted(folder.glob("*.safetensors"))
         if not self.files:
             raise UserError(f"{folder}: no *.safetensors files; give a folder with safetensors weights")
-        if (folder / INDEX).exists():
-            missing = set(_weight_map(folder / INDEX).values()) - {f.name for f in self.files}
-            if missing:
-                raise UserError(f"{folder}: {sorted(missing)[0]} is missing; download the folder again")
+        told = _weight_map(folder / INDEX) if (folder / INDEX).exists() else {}
+        missing = sorted(set(told.values()) - {f.name for f in self.files})
+        if missing:
+            raise UserError(f"{folder}: {missing[0]} is missing; download the folder again")
         self._where: dict[str, Path] = {}
         for file in self.files:
             try:
                 with safetensors.safe_open(file, "numpy") as f:
-                    self._where |= dict.fromkeys(f.keys(), file)
+                    names = set(f.keys())
             except (safetensors.SafetensorError, OSError) as e:
                 raise UserError(f"{file}: not a readable safetensors file ({e}); download it again") from None
+            for name in sorted(names - told.keys()):
+                if name in self._where:
+                    raise UserError(
+                        f"{folder}: {self._where[name].name} and {file.name} both hold {name}; remove the one that is not meant"
+                    )
+                self._where[name] = file
+            lacking = sorted(name for name, of in told.items() if of == file.name and name not in names)
+            if lacking:
+                raise UserError(f"{file}: has no tensor {lacking[0]}, which {INDEX} says is there; download the folder again")
+        self._where |= {name: folder / file for name, file in told.items()}
 
     def __contains__(self, name: object) -> bool:
         return name in self._where
@@ -57,9 +71,12 @@ class Tensors(Mapping[str, np.ndarray]):
             raise UserError(f"{self.folder}: no tensor {name}; the weights and config.json do not belong together")
         try:
             with safetensors.safe_open(self._where[name], "numpy") as f:
-                return f.get_tensor(name)
+                kind = f.get_slice(name).get_dtype()
+                if kind in _READ:
+                    return f.get_tensor(name)
         except (safetensors.SafetensorError, OSError) as e:
             raise UserError(f"{self._where[name]}: cannot read {name} ({e}); download the file again") from None
+        raise UserError(f"{self._where[name]}: {name} is of type {kind}; quantised weights are not read: get them in bfloat16 or float32")
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -150,6 +150,7 @@ def report(config: Config, *, split: str = "train") -> str:
     """
     from xprompt_jax.convert.native import load_tokenizers
     from xprompt_jax.data.pipeline import Episodes, PairTable
+    from xprompt_jax.data.retrieval import RetrievalIndex
     from xprompt_jax.prompt import Prompter
     from xprompt_jax.tokens import Layout
 
@@ -157,12 +158,13 @@ def report(config: Config, *, split: str = "train") -> str:
     vqgan, tokenizer = load_tokenizers(Path(config.data.store) / "tokenizers")
     prompter = Prompter(tokenizer, Layout(config.model.layout, tokenizer.vocab, vqgan.config.downsample))
     table = PairTable(store, prompter, config.data, split)
+    neighbours = RetrievalIndex.load(config.data.index).neighbours_in(store) if config.data.index else None
     lines = [*_paper_lines(store.pairs, table.in_split), ""]
     mixture = Mixture.of(store.pairs, config.data.weights, table.in_split)
     for bucket in config.data.buckets:
         lines.append(f"bucket {bucket.name}: {bucket.rows} rows a step")
         try:
-            episodes = Episodes(store, prompter, config.data, bucket, config.model.num_xp_tokens, split, table=table)
+            episodes = Episodes(store, prompter, config.data, bucket, config.model.num_xp_tokens, split, neighbours, table)
             rates, parts = mixture.rates(episodes.specs.pairs)
         except UserError as e:
             lines.append(f"  {e}")

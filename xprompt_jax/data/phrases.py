@@ -27,7 +27,7 @@ class Phrases:
 
 def pick(options: Sequence[str], key: str) -> str:
     """One of the options, by a hash of the key: always the same one."""
-    return options[int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % len(options)]
+    return options[int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8], "big") % len(options)]
 
 
 def say(task: str, key: str, **values: str) -> dict[str, Any]:

@@ -307,6 +307,7 @@ class Episodes:
         generic, dropped, partners = "", False, tuple[int, ...]()
         if self.bucket.kind == "image":
             generic = str(rng.choice(GENERIC_INSTRUCTIONS)) if rng.random() < self.config.generic_instruction else ""
+            generic = generic if self.bucket.examples else ""  # drawn all the same: no other row of a seed changes
             dropped = bool(rng.random() < self.config.drop_example)
             partners = self._choose_partners(number, reverse, rng)
         crop, *partner_crops = (int(rng.integers(self.store.encoding.crops)) for _ in (number, *partners))

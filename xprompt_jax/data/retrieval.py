@@ -67,7 +67,7 @@ class HashedNgramEncoder:
         for row, text in zip(out, texts, strict=True):
             for feature, weight in self._features(text):
                 if feature not in known:
-                    number = int.from_bytes(hashlib.blake2b(feature.encode(), digest_size=8).digest(), "big")
+                    number = int.from_bytes(hashlib.blake2b(feature.encode("utf-8", "replace"), digest_size=8).digest(), "big")
                     known[feature] = number % self.dim, 1 if number >> 63 else -1  # signs keep collisions unbiased
                 column, sign = known[feature]
                 row[column] += sign * weight
@@ -137,7 +137,7 @@ class RetrievalIndex:
             raise UserError(f"{path}: no index of format {FORMAT}, which is a folder; make it again with `xprompt index`")
         tensors, header = read_tensors(path / "index.safetensors", FORMAT, "index", "xprompt index")
         near, cosines = _read_table(path / "neighbours.parquet", len(tensors["instructions"]), int(header["neighbours"]))
-        source = path.parent / header["source"]
+        source = path.resolve().parent / header["source"]
         if _fingerprint(source) != header["fingerprint"]:
             raise UserError(f"{source}: has changed since {path} was made; run `xprompt index` again")
         return cls(
@@ -371,5 +371,5 @@ def _rows_fingerprint(rows: _Told) -> str:
     """16 hex digits over the instruction and the split of every row."""
     digest = hashlib.sha256()
     for split, instruction in zip(rows.splits, rows.instructions, strict=True):
-        digest.update(f"{split}\t{instruction}\n".encode())
+        digest.update(f"{split}\t{instruction}\n".encode("utf-8", "replace"))
     return digest.hexdigest()[:16]

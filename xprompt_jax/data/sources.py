@@ -131,6 +131,9 @@ def manifest_record(row: Mapping[str, Any], path: Path, number: int, eval_fracti
             else "'more_inputs' is no list of paths"
         )
         raise UserError(f"{path}, line {number}: {problem}; fields are {', '.join(sorted(names))}")
+    for name, allowed in (("split", ("train", "eval")), ("holdout", ("", "yes", "no"))):
+        if row.get(name, allowed[0]) not in allowed:
+            raise UserError(f"{path}, line {number}: {name!r} is {row[name]!r}; it can be {' or '.join(map(repr, allowed))}")
     row.setdefault("split", held_out(row["input"], eval_fraction))  # by its name as written: wherever the manifest lies, the same rows
     row["input"], row["output"] = path.parent / row["input"], path.parent / row["output"]
     row["more_inputs"] = tuple(path.parent / name for name in more)

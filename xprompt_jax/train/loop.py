@@ -31,7 +31,7 @@ from xprompt_jax.mesh import AnyProcess, make_mesh, report, shard_batch
 from xprompt_jax.train.metrics import MetricWriter, padding_fraction
 from xprompt_jax.train.optim import Params, make_optimizer, parameter_axes
 from xprompt_jax.train.state import TrainState, abstract_state, init_state
-from xprompt_jax.train.step import make_eval_step, make_train_step
+from xprompt_jax.train.step import make_eval_step, make_train_step, means
 from xprompt_jax.train.watch import Diverged, Watch
 
 log = logging.getLogger(__name__)
@@ -67,11 +67,12 @@ def train(
       UserError: the folder holds a run of another model, or cannot be written; the loss is not finite or jumped, and
         `train.on_divergence` says stop, or there is nothing to go back to.
     """
-    workdir = Path(workdir)
-    _claim(workdir, config)
-    mesh = make_mesh(config.mesh)
+    workdir, mesh = Path(workdir), make_mesh(config.mesh)
     optimizer = make_optimizer(config.optim, config.train.steps)
     abstract = abstract_state(config, optimizer, mesh)
+    shardings = jax.tree.map(lambda a: a.sharding, abstract)
+    train_step, eval_step = make_train_step(config, optimizer, shardings), make_eval_step(config, shardings)
+    _claim(workdir, config)  # what the configuration cannot do was refused before
     log.info("parameters:\n%s", report(abstract.frozen | abstract.params, parameter_axes, mesh, abstract.params))
 
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep, keep_best=config.train.keep_best)
@@ -82,9 +83,7 @@ def train(
         log.info("resumed from step %d of %s", step, workdir)
 
     writer = MetricWriter(workdir, resume_step=step, wandb_project=config.train.wandb_project, run_config=dataclasses.asdict(config))
-    shardings = jax.tree.map(lambda a: a.sharding, abstract)
-    train_step, eval_step = make_train_step(config, optimizer, shardings), make_eval_step(config, shardings)
-    watch, left_out, trace = Watch(config, writer), _LeftOut(workdir), _Trace(config, workdir)
+    watch, left_out, trace = Watch(config, writer, workdir, step), _LeftOut(workdir), _Trace(config, workdir)
     total, stop = config.train.steps, AnyProcess(mesh)
     with (
         jax.set_mesh(mesh), _stop_signals() as told_to_stop, contextlib.closing(checkpoints), contextlib.closing(writer),
@@ -111,6 +110,7 @@ def train(
                 step, state = _go_back(config, broken, checkpoints, abstract, left_out, names)
                 ahead.forget()
                 writer.go_back(step)
+                watch.go_back(step)
                 bar.update(step - bar.n)
                 continue
             scores = None
@@ -120,6 +120,7 @@ def train(
                 if picture is not None:
                     writer.image(done, "samples", picture)
             if saves:
+                watch.remember(done)
                 checkpoints.save(done, state, scores)
             bar.update()
             step = done
@@ -222,7 +223,7 @@ class _Trace:
         self._folder, self._on = workdir / "profile", False
 
     def before(self, step: int) -> None:
-        if step + 1 == self._first:
+        if step + 1 == self._first and not self._on:  # a run that went back comes by again
             jax.profiler.start_trace(str(self._folder))
             self._on = True
 
@@ -245,9 +246,9 @@ class _Trace:
 
 
 def _evaluate(config, step, state, eval_step, eval_data, mesh, writer) -> dict[str, float]:
-    results = [jax.device_get(eval_step(state, shard_batch(eval_data(i), mesh))) for i in range(config.train.eval_batches)]
-    weights = np.array([r["tokens"] for r in results])
-    mean = {f"eval/{n}": float(np.average([r[n] for r in results], weights=weights)) for n in results[0] if n != "tokens"}
+    parts = [jax.device_get(eval_step(state, shard_batch(eval_data(i), mesh))) for i in range(config.train.eval_batches)]
+    sums = jax.tree.map(lambda *of_batches: np.sum(of_batches, dtype=np.float64), *parts)
+    mean = {f"eval/{name}": float(value) for name, value in means(config, sums).items() if name != "tokens"}
     writer.scalars(step, mean)
     log.info("step %d: held-out loss %.3f, accuracy %.3f", step, mean["eval/loss"], mean["eval/accuracy"])
     return mean
@@ -255,8 +256,9 @@ def _evaluate(config, step, state, eval_step, eval_data, mesh, writer) -> dict[s
 
 def _claim(workdir: Path, config: Config) -> None:
     """Writes config.json, or checks that a state of the run that is there is one of this configuration."""
-    path = workdir / "config.json"
-    if path.exists():
+    path, saved = workdir / "config.json", workdir / "checkpoints"
+    # A start that was refused, by the starting weights say, has left no state.
+    if path.exists() and saved.is_dir() and any(found.name.isdigit() for found in saved.iterdir()):
         before = load_json(Config, path)
         if before.model != config.model:
             raise UserError(f"{workdir} holds a run with other model settings; use another --workdir, or its own config.json")

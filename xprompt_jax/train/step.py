@@ -49,7 +49,8 @@ def bucket_sums(config: Config, params: Params, batches: Batches, shards: int = 
     return {name: Sums(*(of_each[i] for of_each in sums)) for i, name in enumerate(batches)}
 
 
-def _metrics(config: Config, sums: Mapping[str, Sums]) -> dict[str, jax.Array]:
+def means(config: Config, sums: Mapping[str, Sums]) -> dict[str, jax.Array]:
+    """Metrics of the sums of every bucket: means over tokens, and the number of tokens."""
     total = jax.tree.map(lambda *s: sum(s), *sums.values())
     weight = jnp.maximum(total.weight, 1.0)
     per_bucket = {f"loss/{name}": s.loss / jnp.maximum(s.weight, 1.0) for name, s in sums.items()} if len(sums) > 1 else {}
@@ -107,26 +108,26 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation, sha
         # Short at first, or the random weights of the start would stay in the average for thousands of steps.
         decay = jnp.minimum(config.optim.ema_decay, (1 + state.step) / (10 + state.step))
         ema = {name: decay * state.ema[name] + (1 - decay) * params[name] for name in state.ema}
-        metrics = _metrics(config, sums) | {"grad_norm": optax.tree.norm(grads), "learning_rate": rate(state.step)}
+        metrics = means(config, sums) | {"grad_norm": optax.tree.norm(grads), "learning_rate": rate(state.step)}
         return TrainState(params, state.frozen, opt_state, ema, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
 
 
 def make_eval_step(config: Config, shardings: TrainState | None = None) -> Callable:
-    """The compiled measurement without dropout: (state, batches) -> metrics, on the averaged weights where they exist.
+    """The compiled measurement without dropout: (state, batches) -> `Sums` of every bucket, on the averaged weights where they exist.
 
-    In the training step's microbatches: what can be trained can be measured.
+    Sums, for they add up over batches (`means` divides them). In the training step's microbatches: what can be trained can be measured.
     """
     parts, shards = config.train.accumulate, _row_shards(shardings)
 
-    def step(state: TrainState, batches: Batches) -> dict[str, jax.Array]:
+    def step(state: TrainState, batches: Batches) -> dict[str, Sums]:
         params = assemble(state.ema or state.params, state.frozen)
         sums_of = lambda batches: bucket_sums(config, params, batches, shards)
         if parts == 1:
-            return _metrics(config, sums_of(batches))
+            return sums_of(batches)
         sums = jax.lax.map(sums_of, _microbatches(batches, parts))
-        return _metrics(config, jax.tree.map(lambda each: jnp.sum(each, axis=0), sums))
+        return jax.tree.map(lambda each: jnp.sum(each, axis=0), sums)
 
     return jax.jit(step)
 

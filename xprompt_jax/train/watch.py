@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 from tqdm import tqdm
 
 from xprompt_jax.config import Config
+from xprompt_jax.files import atomic_path
 from xprompt_jax.train.metrics import MetricWriter, peak_flops, step_flops
 
 
@@ -26,14 +29,33 @@ class Diverged(Exception):
 
 
 class Watch:
-    """Reads each step's metrics when the next one is already running; writes them; stops a run that broke."""
+    """Reads each step's metrics when the next one is already running; writes them; stops a run that broke.
 
-    def __init__(self, config: Config, writer: MetricWriter):
+    Args:
+      step: of the checkpoint that the run goes on from, or 0.
+    """
+
+    def __init__(self, config: Config, writer: MetricWriter, workdir: Path, step: int):
         self.config, self.writer = config, writer
+        # Beside the checkpoints: a resumed run must find the spikes that the uninterrupted one finds, and no others.
+        self._path = workdir / "mean_loss.json"
+        self._means: dict[str, float] = json.loads(self._path.read_text()) if self._path.exists() else {}
         self.flops, self.peak = step_flops(config), peak_flops()
         self.pending: tuple | None = None
-        self.mean_loss: float | None = None
+        self.go_back(step)
         self.time, self.steps, self.waited, self.tokens = time.perf_counter(), 0, 0.0, 0.0
+
+    def go_back(self, step: int) -> None:
+        """Takes up the running mean that was remembered at a checkpoint."""
+        self.mean_loss = self._means.get(str(step))
+
+    def remember(self, step: int) -> None:
+        """Notes the running mean before a checkpoint is written; the metrics of its step must have been read."""
+        if self.mean_loss is not None:
+            self._means = {known: mean for known, mean in self._means.items() if int(known) < step} | {str(step): self.mean_loss}
+        if jax.process_index() == 0:
+            with atomic_path(self._path) as temporary:
+                temporary.write_text(json.dumps(self._means))
 
     def started(self, step: int, metrics: Mapping[str, jax.Array], waited: float, padding: float) -> None:
         """Takes the metrics of a step that may still be running, how long its batch was waited for, and its padding."""

@@ -91,7 +91,7 @@ class _Captioned(Sequence[Mapping[str, Any]]):
 
 
 def _hash(key: str) -> int:
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8], "big")
 
 
 def _picture(row: Mapping[str, Any]) -> Record:

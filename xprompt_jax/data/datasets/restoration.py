@@ -81,7 +81,7 @@ def _noisy(row: Mapping[str, Any]) -> Record:
     clean = np.asarray(image.crop(row["box"]) if "box" in row else image)
     key = str(row["key"])
     sigma = int(pick(("15", "25", "50"), f"sigma/{key}"))
-    rng = np.random.default_rng(list(key.encode()))
+    rng = np.random.default_rng(list(key.encode("utf-8", "surrogateescape")))
     noisy = degrade.gaussian_noise(clean, rng, sigma=sigma)
     return Record(noisy, clean, task="denoise", group="denoise", **say("denoise", key))
 

@@ -186,3 +186,14 @@ def test_what_a_table_lacks_is_one_line(capsys, tiny_folders, data, tmp_path):
         with pytest.raises(SystemExit):
             main([*base, *flags])
         assert told in capsys.readouterr().err
+
+
+def test_a_table_that_is_drawn_anew_forgets_the_old_one_first(capsys, tiny_folders, data, tmp_path):
+    (tmp_path / "result.json").touch()
+    with pytest.raises(SystemExit):
+        main([
+            "eval", "table4", "--xprompt", str(tiny_folders[0]), "--full", "/none", "--out", str(tmp_path), "--overwrite",
+            "--low-light", str(data / "lol"), "--examples", "1", "--queries", "1",
+        ])  # fmt: skip
+    assert "/none" in capsys.readouterr().err and not (tmp_path / "result.json").exists()
+    assert (tmp_path / "low_light" / "xprompt" / "result.json").exists()

@@ -20,7 +20,7 @@ from xprompt_jax import UserError
 from xprompt_jax.cli import main
 from xprompt_jax.data.images import save_png
 from xprompt_jax.evaluate.pairs import AT_ONCE, paired_bootstrap
-from xprompt_jax.evaluate.results import WHOLE, Shard
+from xprompt_jax.evaluate.results import WHOLE, Shard, read_json, start
 
 
 def arguments(model, data, out, *more, suite="pairs"):
@@ -97,6 +97,55 @@ def test_other_settings_are_refused_or_drawn_anew(capsys, tiny_folders, pair_fol
     assert "run.json: not of this version" in fails(capsys, *again)
 
 
+def test_overwriting_forgets_the_scores_first(capsys, runs, tmp_path):
+    """A run that is killed then must leave nothing that could be taken for its result."""
+    out = tmp_path / "o"
+    shutil.copytree(runs / "a", out)
+    settings = {key: value for key, value in read_json(out / "run.json").items() if key not in ("format", "where")}
+    start(out, {**settings, "model": "other"}, images=lambda: out.glob("images/*/*.png"), overwrite=True)
+    assert [p.name for p in out.rglob("*") if p.is_file()] == ["run.json"]
+    assert "result.json: cannot read" in fails(capsys, "eval", "compare", runs / "b", out, "--out", tmp_path / "c")
+    shutil.copy(runs / "a" / "result.json", out)  # as earlier versions left it
+    assert "result.json: not of the run that" in fails(capsys, "eval", "compare", runs / "b", out, "--out", tmp_path / "c")
+    start(out, {**settings, "seed": 1}, images=lambda: out.glob("images/*/*.png"), overwrite=True)
+    shutil.copy(runs / "a" / "result.json", out)
+    assert "result.json: not of the run that" in fails(capsys, "eval", "compare", runs / "b", out, "--out", tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+    (site := tmp_path / "site").mkdir()
+    (site / "index.html").touch()
+    start(site, settings, images=lambda: [], overwrite=True)
+    assert (site / "index.html").exists(), "what is not of a run is left alone"
+
+
+def test_settings_count_from_the_first_image_on(tmp_path):
+    begin = lambda seed, **more: start(tmp_path, {"seed": seed}, images=lambda: tmp_path.glob("*.png"), **more)
+    begin(1)
+    (tmp_path / "result.json").touch()
+    begin(2)  # nothing was drawn of the first: a mistake in its flags, say
+    assert json.loads((tmp_path / "run.json").read_text())["seed"] == 2 and not (tmp_path / "result.json").exists()
+    with pytest.raises(UserError, match="drawn with seed 2, not 1"):
+        begin(1, shard=Shard(0, 2))  # another part may be at its first image
+    (tmp_path / "a.png").touch()
+    with pytest.raises(UserError, match="drawn with seed 2, not 1"):
+        begin(1)
+    (tmp_path / "run.json").write_text('{"of": "another program"}')
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError, match="not of this version"):
+        begin(1)
+
+
+@pytest.mark.parametrize("suite", ["pairs", "world", "geneval", "table4"])
+def test_numbers_out_of_range_are_refused_before_anything_is_written(capsys, suite, tmp_path):
+    (tmp_path / "d.jsonl").touch()
+    flags = ["--xprompt", "m"] if suite == "table4" else ["--model", "m", "--data", tmp_path / "d.jsonl"]
+    refused = lambda *more: fails(capsys, "eval", suite, *flags, "--out", tmp_path / "o", *more)
+    for seed in (-1, 2**32):
+        assert f"--seed {seed} must be at least 0 and at most 4294967295" in refused("--seed", seed)
+    for fraction in ("nan", "-1", "2", "inf") if suite in ("pairs", "world") else ():
+        assert f"--eval-fraction {fraction} must be from 0 to 1" in refused("--eval-fraction", fraction)
+    assert not (tmp_path / "o").exists()
+
+
 def test_changed_data_are_refused(capsys, tiny_folders, pair_folder, runs, tmp_path):
     shutil.copytree(runs / "a", tmp_path / "o")
     shutil.copytree(pair_folder, tmp_path / "d")
@@ -156,6 +205,9 @@ def test_compare_puts_two_models_beside_each_other(capsys, runs, tmp_path):
     _, low, high = paired_bootstrap(sorted(per_query))
     assert float(row["low"]) == pytest.approx(low, abs=0.3) and float(row["high"]) == pytest.approx(high, abs=0.3)
     assert float(row["low"]) < float(row["b_minus_a"]) < float(row["high"])
+    page = (runs / "a" / "index.html").read_bytes()
+    assert "--out" in (line := fails(capsys, "eval", "compare", runs / "a", runs / "b", "--out", runs / "a"))
+    assert "holds the run.json of a run" in line and (runs / "a" / "index.html").read_bytes() == page
     # The tokenizer and the inputs are the same: no difference at all.
     assert all(float(rows["psnr_rgb", arm][key]) == 0 for arm in ("copied", "ceiling") for key in ("b_minus_a", "low", "high"))
     assert f"psnr_rgb drawn: {float(row['a']):.3f} and {float(row['b']):.3f}, difference {float(row['b_minus_a']):+.3f}" in printed

@@ -63,7 +63,9 @@ class GenEval(DrawingFlags):
         if not self.model and self != bare:
             raise UserError("flags of drawing need --model; give it, or leave them out")
         from xprompt_jax.evaluate import geneval
+        from xprompt_jax.sample.arguments import seed_of
 
+        seed_of(self.seed, "--seed")
         metadata, shard = geneval.read_metadata(self.data), self.part()
         if self.model:
             with self.loaded(self.model) as model:

@@ -135,10 +135,13 @@ class Pairs(DrawingFlags):
 
     def check(self) -> None:
         """Refuses numbers out of their range."""
+        from xprompt_jax.sample.arguments import seed_of
+
         if self.examples < 1 or self.queries < 0:
             raise UserError("--examples must be at least 1, and --queries at least 0")
-        if self.seed < 0:
-            raise UserError("--seed must not be negative")
+        if self.eval_fraction is not None and not 0 <= self.eval_fraction <= 1:
+            raise UserError(f"--eval-fraction {self.eval_fraction:g} must be from 0 to 1")
+        seed_of(self.seed, "--seed")
         self.part()
 
     def find_data(self, suite: Suite) -> None:
@@ -294,10 +297,12 @@ class Table4(DrawingFlags):
 
     def run(self) -> None:
         """Draws, scores and prints the table."""
-        if self.examples < 1 or self.queries < 0 or self.seed < 0:
-            raise UserError("--examples must be at least 1, and --queries and --seed at least 0")
         from xprompt_jax.evaluate.table4 import lines, run_table
+        from xprompt_jax.sample.arguments import seed_of
 
+        if self.examples < 1 or self.queries < 0:
+            raise UserError("--examples must be at least 1, and --queries at least 0")
+        seed_of(self.seed, "--seed")
         models = {key: folder for key in ("xprompt", "causal", "none", "full") if (folder := getattr(self, key))}
         given = {
             "low_light": (self.low_light, self.low_light_examples), "derain_heavy": (self.derain, self.derain_examples),

@@ -30,9 +30,11 @@ def compare(a: Path, b: Path, out: Path, *, seed: int = 0) -> list[dict[str, Any
       A row for each metric and arm, with the keys of HEADER; None where there is no number.
 
     Raises:
-      UserError: the results are of different suites, protocols or data, or cannot be read.
+      UserError: the results are of different suites, protocols or data, or cannot be read, or `out` holds those of a run.
     """
-    results = read_json(a / "result.json"), read_json(b / "result.json")
+    if held := next((name for name in ("run.json", "result.json") if (out / name).exists()), None):
+        raise UserError(f"--out {out}: holds the {held} of a run, whose index.html would be lost; choose another folder")
+    results = _result(a), _result(b)
     _check(a, b, *results)
     tables = [by_query(result) for result in results]
     rows = []
@@ -48,6 +50,20 @@ def compare(a: Path, b: Path, out: Path, *, seed: int = 0) -> list[dict[str, Any
     _write_csv(out / "compare.csv", rows)
     _write_page(out / "index.html", a, b, results, rows)
     return rows
+
+
+def _result(out: Path) -> dict[str, Any]:
+    """The result of the images that a folder holds now.
+
+    Raises:
+      UserError: it cannot be read, or other images have been drawn since.
+    """
+    result = read_json(out / "result.json")
+    run = read_json(out / "run.json") if (out / "run.json").exists() else None  # images of another program have none
+    of = lambda model, told: (model, told.get("seed"), told.get("sampling"))
+    if run is not None and of(run["model"], run) != of(result["model"]["fingerprint"], result):
+        raise UserError(f"{out / 'result.json'}: not of the run that {out / 'run.json'} tells; finish that with `xprompt eval`")
+    return result
 
 
 def _check(a: Path, b: Path, first: Mapping[str, Any], second: Mapping[str, Any]) -> None:

@@ -118,7 +118,7 @@ def draw_prompts(
         "suite": "geneval", "model": model.fingerprint, "prompts": fingerprint(*(row["prompt"] for row in metadata)),
         "num_images": num_images, "seed": seed, "precision": model.precision, "sampling": sampling,
     }  # fmt: skip
-    start(out, settings, images=lambda: out.glob("[0-9]*/samples/*.png"), overwrite=overwrite)
+    start(out, settings, images=lambda: out.glob("[0-9]*/samples/*.png"), overwrite=overwrite, shard=shard)
     for prompt, row in enumerate(metadata):
         with atomic_path(out / f"{prompt:05d}" / "metadata.jsonl") as temporary:
             temporary.write_text(json.dumps(row), encoding="utf-8")

@@ -67,7 +67,7 @@ def reconstruct(
             raise UserError(f"--sides {side}: must be a multiple of {cell}, the pixels of one code")
     paths = list_images(data)
     settings = {"suite": "reconstruction", "model": vqgan_fingerprint(vqgan), "images": fingerprint(*map(file_fingerprint, paths))}
-    start(out, settings, images=lambda: out.glob("images/*/*.png"), overwrite=overwrite, where={"data": str(data)})
+    start(out, settings, images=lambda: out.glob("images/*/*.png"), overwrite=overwrite, where={"data": str(data)}, shard=shard)
     own = [number for number in range(len(paths)) if shard.has(number)]
     with tqdm(total=len(own) * len(sides), unit="image", desc="reconstructing", disable=not progress) as bar:
         for number in own:

@@ -21,6 +21,8 @@ from xprompt_jax.errors import UserError
 from xprompt_jax.files import atomic_path
 
 FORMAT = "xprompt-eval-3"
+RESULTS = ("result.json", "results.jsonl", "scores.csv", "table4.csv", "index.html", "grid.png")
+"""What is said of a run's images once they are scored."""
 LIBRARIES = ("xprompt-jax", "jax", "jaxlib", "flax", "numpy", "pillow")
 
 
@@ -55,7 +57,7 @@ WHOLE = Shard()
 
 def start(
     out: Path, settings: Mapping[str, Any], *, images: Callable[[], Iterable[Path]], overwrite: bool = False,
-    where: Mapping[str, str | None] | None = None,
+    where: Mapping[str, str | None] | None = None, shard: Shard = WHOLE,
 ) -> None:  # fmt: skip
     """Says that `out` belongs to a run of these settings.
 
@@ -63,25 +65,35 @@ def start(
       settings: JSON values that the images depend on.
       where: places of files, told in run.json; they may change if what lies there does not.
       images: the image files that `out` holds.
-      overwrite: removes them and forgets the settings of before; what is not ours is never removed.
+      overwrite: removes them and what was said of them, and forgets the settings of before; what is not ours is never removed.
+      shard: of the run; its other parts count on these settings before there is an image.
 
     Raises:
       UserError: `out` holds images of other settings, or of unknown ones; or it cannot be written.
     """
     path, settings = out / "run.json", json.loads(json.dumps({"format": FORMAT, **settings}))
     # In this order: of several processes that start at once, another may be writing both.
-    if any(True for _ in images()) and not path.exists():
+    drawn = any(True for _ in images())
+    if drawn and not path.exists():
         raise UserError(f"{out}: holds images that are not of `xprompt eval` (there is no run.json); choose another --out")
-    if overwrite:
-        for image in images():
-            image.unlink(missing_ok=True)
-    elif path.exists():
-        old = read_json(path)
+    old = read_json(path) if path.exists() and not overwrite else {}
+    if old and (drawn or shard.count > 1):
         for name in dict.fromkeys([*settings, *old]):
             if name != "where" and old.get(name) != settings.get(name):
                 was, now = json.dumps(old.get(name)), json.dumps(settings.get(name))
                 raise UserError(f"{out}: its images were drawn with {name} {was}, not {now}; choose another --out, or give --overwrite")
+    elif path.exists():
+        forget(out)
+    if overwrite:
+        for image in images():
+            image.unlink(missing_ok=True)
     write_json(path, {**settings, "where": where or {}})
+
+
+def forget(out: Path) -> None:
+    """Removes what was said of images that are drawn anew: after a kill it would be taken for the new ones' scores."""
+    for name in RESULTS:
+        (out / name).unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def draw_missing(
     size = model.config.vq.image_size
     settings = {"model": model.fingerprint, "image_size": size, "mode": mode, "precision": model.precision,
                 "sampling": dict(sampling), **plan.settings}  # fmt: skip
-    start(out, settings, images=lambda: out.glob("images/*/*.png"), overwrite=overwrite, where=plan.where)
+    start(out, settings, images=lambda: out.glob("images/*/*.png"), overwrite=overwrite, where=plan.where, shard=shard)
     todo = [e for e in missing(plan, out) if shard.has(plan.numbers[id(e.query)])]
     for outcome in plan.suite.draw(model, todo, size, mode=mode, seed=plan.settings["seed"], progress=progress, **sampling):
         for arm, path in plan.files(out, outcome.episode).items():

@@ -30,7 +30,7 @@ from xprompt_jax.evaluate.edits import EditSuite
 from xprompt_jax.evaluate.modes import Mode
 from xprompt_jax.evaluate.pairs import paired_bootstrap
 from xprompt_jax.evaluate.report import Table, write_report
-from xprompt_jax.evaluate.results import FORMAT, WHOLE, Shard, finite, read_json, versions, write_json
+from xprompt_jax.evaluate.results import FORMAT, WHOLE, Shard, finite, forget, read_json, versions, write_json
 from xprompt_jax.evaluate.scores import evaluate
 from xprompt_jax.evaluate.suites import Suite, get_suite
 from xprompt_jax.files import atomic_path
@@ -83,6 +83,8 @@ def run_table(
     complete = True
     for key, folder in models.items():
         with load(folder) as model:
+            if overwrite and (out / "result.json").exists():
+                forget(out)
             for name, suite in suites.items():
                 where, shown = data[name]
                 found = evaluate(

@@ -6,6 +6,7 @@ import http.client
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -247,6 +248,19 @@ def serving(studio):
     finally:
         server.should_exit = True
         thread.join(30)
+
+
+def test_a_task_s_name_need_not_be_utf8(loaded, tasks, tmp_path):
+    shutil.copy(tasks / "rain.xprompt", tmp_path / "caf\udce9.xprompt")
+    shutil.copy(tasks / "broken.xprompt", tmp_path / "\udce9.xprompt")
+    with serving(Studio(loaded, tasks=tmp_path)) as url:
+        status, _, data = ask(url, "/api/tasks")
+        assert status == 200
+        good, broken = sorted(json.loads(data), key=lambda task: "error" in task)
+        assert "not a readable compiled prompt" in broken["error"]
+        assert draw(url, {"task": good["name"]}, {"inputs": [png(photo(4))]})[-1]["event"] == "done"
+        status, _, data = ask(url, "/api/draw", *form({"task": broken["name"]}, {"inputs": [png(photo(4))]}))
+        assert status == 400 and "not a readable compiled prompt" in json.loads(data)["error"]
 
 
 def test_uploads_are_limited_in_number_and_in_time(loaded, monkeypatch):

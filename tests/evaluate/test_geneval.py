@@ -178,6 +178,18 @@ def test_metadata_of_another_kind_are_refused(tmp_path, row, problem):
     assert problem in str(error.value) and "give GenEval's evaluation_metadata.jsonl" in str(error.value)
 
 
+def test_half_an_emoji_is_scored(capsys, tiny_folders, tmp_path):
+    row, out = {**METADATA[0], "prompt": "rain \ud83d"}, tmp_path / "o"
+    (tmp_path / "m.jsonl").write_text(json.dumps(row))
+    flags = ["eval", "geneval", "--data", str(tmp_path / "m.jsonl"), "--out", str(out), "--num-images", "1"]
+    main([*flags, "--model", str(tiny_folders[0])])
+    (tmp_path / "r.jsonl").write_text(json.dumps({**row, "filename": "00000/samples/0000.png", "correct": True}))
+    main([*flags, "--results", str(tmp_path / "r.jsonl")])
+    main(["eval", "recompute", str(out)])
+    assert "rain ?" in (out / "index.html").read_text() and "rain ?" in (out / "scores.csv").read_text()
+    assert json.loads((out / "result.json").read_text())["queries"][0]["prompt"] == row["prompt"]
+
+
 def test_flags_that_would_do_nothing_are_refused(capsys, data, tmp_path):
     flags = ["eval", "geneval", "--data", data, "--out", tmp_path]
     assert "flags of drawing need --model" in fails(capsys, *flags, "--top-k", 3)

@@ -20,7 +20,7 @@ from xprompt_jax import UserError
 from xprompt_jax.cli import main
 from xprompt_jax.data.images import save_png
 from xprompt_jax.evaluate.pairs import AT_ONCE, paired_bootstrap
-from xprompt_jax.evaluate.results import WHOLE, Shard, read_json, start
+from xprompt_jax.evaluate.results import WHOLE, Shard, file_fingerprint, read_json, start
 
 
 def arguments(model, data, out, *more, suite="pairs"):
@@ -144,6 +144,26 @@ def test_numbers_out_of_range_are_refused_before_anything_is_written(capsys, sui
     for fraction in ("nan", "-1", "2", "inf") if suite in ("pairs", "world") else ():
         assert f"--eval-fraction {fraction} must be from 0 to 1" in refused("--eval-fraction", fraction)
     assert not (tmp_path / "o").exists()
+
+
+def test_names_and_words_that_are_no_utf8(capsys, tiny_folders, pair_folder, tmp_path):
+    """Half an emoji of a JSON escape, and a file's name in Latin-1: drawn, told, computed again and compared."""
+    rows = []
+    for i, name in enumerate(("caf\udce9.png", "b.png")):
+        shutil.copy(pair_folder / "input" / f"{i:02d}.png", tmp_path / name)
+        shutil.copy(pair_folder / "target" / f"{i:02d}.png", tmp_path / f"out-{name}")
+        rows.append({"input": name, "output": f"out-{name}", "instruction": "rain \ud83d", "task": "r\ud83d", "split": "eval"})
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(arguments(tiny_folders[0], tmp_path / "m.jsonl", tmp_path / "o"))
+    result = json.loads((tmp_path / "o" / "result.json").read_text())
+    assert {result["queries"][0][key] for key in ("input", "example")} == {str(tmp_path / row["input"]) for row in rows}
+    assert "r?" in (tmp_path / "o" / "index.html").read_text() and "caf?.png" in (tmp_path / "o" / "scores.csv").read_text()
+    main(["eval", "recompute", str(tmp_path / "o")])
+    main(["eval", "compare", str(tmp_path / "o"), str(tmp_path / "o"), "--out", str(tmp_path / "c")])
+    assert "follow from its files" in capsys.readouterr().out
+    for name in ("x\0.png", "\ud83d.png"):
+        with pytest.raises(UserError, match="cannot read: .*; correct the path"):
+            file_fingerprint(tmp_path / name)
 
 
 def test_changed_data_are_refused(capsys, tiny_folders, pair_folder, runs, tmp_path):

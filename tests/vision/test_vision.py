@@ -153,6 +153,7 @@ def test_tokens_are_those_of_transformers(tmp_path):
         assert plain([text]) == whole([text]) == [wanted], text
     assert plain(["remove the rain"])[0][1:-1] == [vocab[f"{w}</w>"] for w in ("remove", "the", "rain")]
     assert plain(["a &amp;amp; b"]) == plain(["a & b"]), "as OpenAI's code, twice"
+    assert plain(["a \ud83d"]) == plain(["a ?"]), "half an emoji, of a JSON escape"
     assert len(plain(["rain " * 50])[0]) == 20 and plain(["rain " * 50])[0][-1] == plain.end
 
 

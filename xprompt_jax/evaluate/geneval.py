@@ -317,7 +317,7 @@ def write_tables(
     text = lambda value: "" if value is None else f"{value:.2f}"
     beside = [("this run", *(text(scores.get(name)) for name in ("overall", *TAGS)))]
     beside += [(row, *(text(columns.get(name)) for name in ("overall", *TAGS))) for row, columns in published.TABLE_1.items()]
-    with atomic_path(to / "scores.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
+    with atomic_path(to / "scores.csv") as temporary, temporary.open("w", newline="", encoding="utf-8", errors="replace") as f:
         writer = csv.writer(f)
         writer.writerow(["prompt", "tag", "share of right images"])
         writer.writerows((q["prompt"], tag, arms["drawn"]) for q in result["queries"] for tag, arms in q["scores"].items())

@@ -57,7 +57,7 @@ class ObjectSuite(EditSuite):
         for path, seed, prompt in _prompts(place, share):
             words = prompt["edit"].strip()
             if words not in found and addition_or_removal(words) == self.kind:
-                found[words] = hashlib.sha256(words.encode()).hexdigest(), path, seed, prompt
+                found[words] = hashlib.sha256(words.encode("utf-8", "replace")).hexdigest(), path, seed, prompt
         return [
             Edit(
                 path / f"{seed}_0.jpg", path / f"{seed}_1.jpg", words, task=self.name, group=self.name, split=split,

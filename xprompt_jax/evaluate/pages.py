@@ -37,7 +37,7 @@ def write_tables(to: Path, plan: Plan, out: Path, result: Mapping[str, Any]) -> 
 
 def write_csv(path: Path, result: Mapping[str, Any]) -> None:
     """A line for each query, example and metric."""
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors="replace") as f:
         writer = csv.writer(f)
         writer.writerow(["task", "group", "input", "example", "choice", "metric", *ARMS])
         for query in result["queries"]:

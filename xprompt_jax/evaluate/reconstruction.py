@@ -139,7 +139,7 @@ def lines(result: dict[str, Any]) -> list[str]:
 
 
 def _write_csv(path: Path, result: dict[str, Any]) -> None:
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors="replace") as f:
         writer = csv.writer(f)
         writer.writerow(["input", "metric", *map(str, result["sides"])])
         for query in result["queries"]:

@@ -78,7 +78,7 @@ def write_report(
         title=title, lead=lead, heading=heading, facts=facts, rows=rows, tables=tables, plot=_plot(curves), picture=_data_uri, shown=shown
     )
     with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="replace")  # not all names of files are UTF-8
     return Path(path)
 
 

@@ -114,9 +114,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Whole or not at all; what is not finite becomes null."""
+    """Whole or not at all, in ASCII: a file's name need not be UTF-8. What is not finite becomes null."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+        temporary.write_text(json.dumps(finite(value), indent=1, allow_nan=False), encoding="utf-8")
 
 
 def finite(value: Any) -> Any:
@@ -132,7 +132,7 @@ def fingerprint(*parts: str | bytes) -> str:
     """16 hex digits over texts and bytes, each hashed on its own."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(hashlib.sha256(part.encode() if isinstance(part, str) else part).digest())
+        digest.update(hashlib.sha256(part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part).digest())
     return digest.hexdigest()[:16]
 
 
@@ -144,8 +144,8 @@ def file_fingerprint(path: Any) -> str:
     """
     try:
         return fingerprint(Path(path).read_bytes())
-    except OSError as e:
-        raise UserError(f"{path}: cannot read: {e.strerror}; correct the path") from None
+    except (OSError, ValueError) as e:  # no file has a zero byte, or half a letter, in its name
+        raise UserError(f"{path}: cannot read: {getattr(e, 'strerror', None) or e}; correct the path") from None
 
 
 def versions() -> dict[str, str]:

@@ -91,7 +91,7 @@ class Studio:
         return [self._tell(path) for path in self._paths().values()]
 
     def _paths(self) -> dict[str, Path]:
-        return {path.stem: path for path in sorted(self._folder.glob("*.xprompt"))} if self._folder else {}
+        return {_plain(path.stem): path for path in sorted(self._folder.glob("*.xprompt"))} if self._folder else {}
 
     def _tell(self, path: Path) -> dict[str, Any]:
         key = path, _changed(path)
@@ -101,7 +101,7 @@ class Studio:
                 told = {"instruction": prompt.instruction, "examples": prompt.num_examples, "thumbnails": prompt.thumbnails}
             except UserError as e:
                 told = {"error": str(e)}
-            self._told[key] = {"name": path.stem, **told}
+            self._told[key] = {"name": _plain(path.stem), **told}
         return self._told[key]
 
     def _load_file(self, path: Path, _: int) -> CompiledPrompt:
@@ -109,7 +109,7 @@ class Studio:
             prompt = CompiledPrompt.load(path)
             prompt.check(self.model)
         except UserError as e:
-            raise UserError(f"{path.name}: {str(e).removeprefix(f'{path}: ')}") from None
+            raise UserError(_plain(f"{path.name}: {str(e).removeprefix(f'{path}: ')}")) from None
         return prompt
 
     def download(self, key: str) -> bytes:
@@ -193,6 +193,11 @@ class Studio:
             if row < rows:
                 yield {"event": "row", "row": row, "rows": rows, "images": [_data_uri(image, preview=True) for image in images]}
         yield {"event": "done", "seconds": time.perf_counter() - start, "images": [_data_uri(image) for image in images]}
+
+
+def _plain(text: str) -> str:
+    """Text that can be sent; the name of a file in it need not be UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _changed(path: Path) -> int:

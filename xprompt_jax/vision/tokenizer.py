@@ -46,6 +46,7 @@ class ClipTokenizer:
 
         HTML entities are resolved, as OpenAI's code does; its repair of broken Unicode (ftfy) is not done.
         """
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]  # half a letter, of a JSON escape
         clean = [html.unescape(html.unescape(text)).strip() for text in texts]
         encoded = self._tokenizer.encode_batch(clean, add_special_tokens=False)
         return [[self.start, *e.ids[: self._context - 2], self.end] for e in encoded]

@@ -1,9 +1,14 @@
 """Files and folders that appear whole or not at all."""
 
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from xprompt_jax.errors import UserError
-from xprompt_jax.files import atomic_path, check_place
+from xprompt_jax.files import atomic_path, check_place, read_tensors, write_tensors
 
 
 def test_temporary_names_are_one_processs_own(tmp_path):
@@ -41,3 +46,19 @@ def test_only_what_is_ours_or_empty_is_replaced(tmp_path):
     for name in ("mine", "file"):
         with pytest.raises(UserError, match=f"{name}: there already, and not one of ours; choose another place"):
             check(name)
+
+
+def test_tensors_that_may_not_be_read_are_one_line():
+    with tempfile.TemporaryDirectory() as place:
+        Path(place).chmod(0o755)
+        path = Path(place) / "task.xprompt"
+        write_tensors(path, "kind", {"x": np.zeros(2)}, {})
+        path.chmod(0)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)  # root reads everything; nobody does not
+        try:
+            with pytest.raises(UserError, match=r"task\.xprompt: not a readable task \(Permission denied\); make it again with `x`"):
+                read_tensors(path, "kind", "task", "x")
+        finally:
+            os.seteuid(user)

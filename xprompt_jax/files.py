@@ -125,10 +125,11 @@ def read_tensors(path: str | os.PathLike, kind: str, what: str, command: str) ->
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; make it with `{command}`")
     try:
+        Path(path).open("rb").close()  # of a file that may not be read, safetensors says that there is none
         with safetensors.safe_open(path, "numpy") as f:
             header = f.metadata() or {}
             if header.get("format") != kind:
                 raise UserError(f"{path}: no {what} of format {kind}; make it again with `{command}`")
             return {name: f.get_tensor(name) for name in f.keys()}, header  # noqa: SIM118  (safe_open is no mapping)
-    except safetensors.SafetensorError as e:
-        raise UserError(f"{path}: not a readable {what} ({e}); make it again with `{command}`") from None
+    except (safetensors.SafetensorError, OSError) as e:  # the library's own OSErrors have no errno
+        raise UserError(f"{path}: not a readable {what} ({getattr(e, 'strerror', None) or e}); make it again with `{command}`") from None

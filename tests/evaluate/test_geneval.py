@@ -168,7 +168,10 @@ def test_detections_are_judged_by_the_rules(capsys, data, drawn, tmp_path):
     ({"tag": "beauty"}, '"tag" is none of'), ({"include": []}, '"include" must be a list'),
     ({"include": [{"class": "a"}]}, 'needs a "class"'),
     ({"include": [{"class": "a", "count": 1, "color": "mauve"}]}, 'a "color" of red'),
-    ({"include": [{"class": "a", "count": 1, "position": ["left of", 0]}]}, '"position" must be'), ({"prompt": None}, 'no "prompt"'),
+    ({"include": [{"class": "a", "count": 1, "position": ["left of", 0]}]}, '"position" must be'),
+    ({"include": [{"class": "a", "count": 1}, {"class": "b", "count": 1, "position": ["left of", 0.0]}]}, '"position" must be'),
+    ({"include": [{"class": "a", "count": 1}, {"class": "b", "count": 1, "position": ["left of", False]}]}, '"position" must be'),
+    ({"prompt": None}, 'no "prompt"'),
 ])  # fmt: skip
 def test_metadata_of_another_kind_are_refused(tmp_path, row, problem):
     path = tmp_path / "m.jsonl"

@@ -119,17 +119,8 @@ def manifest_record(row: Mapping[str, Any], path: Path, number: int, eval_fracti
     except ValueError as e:
         raise UserError(f"{path}, line {number}: {e}; docs/data.md shows the forms that are read") from None
     names = {f.name for f in dataclasses.fields(Record)}
-    missing = [name for name in ("input", "output", "instruction") if not isinstance(row.get(name), str)]
-    unknown = sorted(row.keys() - names)
     more = row.get("more_inputs", [])
-    if missing or unknown or not (isinstance(more, list) and all(isinstance(name, str) for name in more)):
-        problem = (
-            f"no text field {missing[0]!r}"
-            if missing
-            else f"unknown field {unknown[0]!r}"
-            if unknown
-            else "'more_inputs' is no list of paths"
-        )
+    if problem := _problem(row, names):
         raise UserError(f"{path}, line {number}: {problem}; fields are {', '.join(sorted(names))}")
     for name, allowed in (("split", ("train", "eval")), ("holdout", ("", "yes", "no"))):
         if row.get(name, allowed[0]) not in allowed:
@@ -139,6 +130,30 @@ def manifest_record(row: Mapping[str, Any], path: Path, number: int, eval_fracti
     row["more_inputs"] = tuple(path.parent / name for name in more)
     row.setdefault("group", row.get("task", ""))
     return Record(**row)
+
+
+def _problem(row: Mapping[str, Any], names: set[str]) -> str:
+    """Why a row cannot be a record, "" if it can."""
+    for name in ("input", "output", "instruction"):
+        if not isinstance(row.get(name), str):
+            return f"no text field {name!r}"
+    if unknown := sorted(row.keys() - names):
+        return f"unknown field {unknown[0]!r}"
+    more = row.get("more_inputs", [])
+    if not (isinstance(more, list) and all(isinstance(name, str) for name in more)):
+        return "'more_inputs' is no list of paths"
+    for field in dataclasses.fields(Record):
+        kind, value = type(field.default), row.get(field.name)
+        if kind in (str, bool) and field.name in row and not isinstance(value, kind):
+            return f"{field.name!r} must be {'a text' if kind is str else 'true or false'}, not {value!r:.60}"
+    for name in (row["input"], row["output"], *more):
+        try:
+            possible = b"\0" not in name.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:  # half a letter
+            possible = False
+        if not possible:
+            return f"{name!r:.60} can be no file's name"
+    return ""
 
 
 def photographs(folder: str | Path, size: int) -> list[np.ndarray]:

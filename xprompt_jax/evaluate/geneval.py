@@ -81,8 +81,9 @@ def _problem(row: Mapping[str, Any]) -> str:
             if "position" in clause:
                 position = clause["position"]
                 if not (
-                    isinstance(position, list) and len(position) == 2 and position[0] in rules.RELATIONS and position[1] in range(number)
-                ):
+                    isinstance(position, list) and len(position) == 2 and position[0] in rules.RELATIONS
+                    and type(position[1]) is int and position[1] in range(number)
+                ):  # fmt: skip
                     return f'"position" must be one of {", ".join(rules.RELATIONS)} and the number of a clause before it'
     return ""
 

@@ -87,6 +87,10 @@ def test_it_is_the_ceiling_of_the_suites(tiny_folders, pair_folder, tmp_path):
 def test_bad_sides_and_folders_are_one_line(capsys, tiny_folders, photographs, tmp_path):
     flags = ["eval", "reconstruction", "--model", tiny_folders[0], "--out", tmp_path / "o"]
     assert "--sides 18: must be a multiple of 4" in fails(capsys, *flags, "--data", photographs, "--sides", 18)
+    assert "--sides 1048576: must be at most 8192" in fails(capsys, *flags, "--data", photographs, "--sides", 16, 1048576)
+    assert "--sides 16: given twice" in fails(capsys, *flags, "--data", photographs, "--sides", 16, 32, 16)
+    assert "--sides 0: must be a multiple of 4" in fails(capsys, *flags, "--data", photographs, "--sides", 0)
+    assert f"lies inside --data {tmp_path}, and the next run would take its images" in fails(capsys, *flags, "--data", tmp_path)
     assert "no such folder" in fails(capsys, *flags, "--data", tmp_path / "none") and not (tmp_path / "o").exists()
 
 

@@ -38,6 +38,8 @@ PUBLISHED = {f"{name}, Table 5": columns for name, columns in published.TABLE_5.
 NOTE = "the paper says neither whether RGB or Y was scored, nor how images came to 512 and 1024 pixels"
 SHOWN, SIDE = 6, 256
 """Rows of pictures on the page, and pixels of their sides."""
+MAX_SIDE = 8192
+"""Pixels: one image of so many takes 100 GB and more with Chameleon's tokenizer."""
 
 
 _through = jax.jit(lambda model, pixels: model.decode(model.encode(pixels)))
@@ -59,12 +61,18 @@ def reconstruct(
       What result.json holds; its arms are the sides. None while other parts are missing.
 
     Raises:
-      UserError: no images, one that cannot be read, or a side that is no multiple of the cell.
+      UserError: no images, one that cannot be read, `out` among them, or a side that is no multiple of the cell, too large or given twice.
     """
+    if out.resolve().is_relative_to(data.resolve()):
+        raise UserError(f"--out {out} lies inside --data {data}, and the next run would take its images; choose a folder beside it")
     sides, cell = tuple(sides) or (vqgan.config.image_size, 2 * vqgan.config.image_size), vqgan.config.downsample
     for side in sides:
         if side < 1 or side % cell:
             raise UserError(f"--sides {side}: must be a multiple of {cell}, the pixels of one code")
+        if side > MAX_SIDE:
+            raise UserError(f"--sides {side}: must be at most {MAX_SIDE}, or memory does not hold one image")
+        if sides.count(side) > 1:
+            raise UserError(f"--sides {side}: given twice; give every side once")
     paths = list_images(data)
     settings = {"suite": "reconstruction", "model": vqgan_fingerprint(vqgan), "images": fingerprint(*map(file_fingerprint, paths))}
     start(out, settings, images=lambda: out.glob("images/*/*.png"), overwrite=overwrite, where={"data": str(data)}, shard=shard)

@@ -95,10 +95,15 @@ def test_they_are_merged_in_our_own_words(tmp_path):
 
 @pytest.mark.parametrize("change, told", [
     ({"group": ["a"]}, r"'group' must be a text, not \['a'\]"), ({"task": 5}, "'task' must be a text, not 5"),
-    ({"caption": None}, "'caption' must be a text, not None"), ({"exact": "no"}, "'exact' must be true or false, not 'no'"),
+    ({"caption": []}, r"'caption' must be a text, not \[\]"), ({"exact": "no"}, "'exact' must be true or false, not 'no'"),
     ({"input": "x\0.png"}, "can be no file's name"), ({"output": "\ud83d.png"}, "can be no file's name"),
     ({"more_inputs": ["\0"]}, "can be no file's name"), ({"more_inputs": "a"}, "'more_inputs' is no list of paths"),
 ])  # fmt: skip
 def test_fields_of_another_type_are_told_with_their_line(tmp_path, change, told):
     with pytest.raises(UserError, match=rf"^[^\n]*m\.jsonl, line 1: [^\n]*{told}[^\n]*$"):
         read(tmp_path / "m.jsonl", {"input": "a", "output": "b", "instruction": "x", **change})
+
+
+def test_null_says_nothing(tmp_path):
+    row = {"input": "a", "output": "b", "instruction": "x"}
+    assert read(tmp_path / "m.jsonl", row | {"caption": None, "task": None, "split": None}) == read(tmp_path / "m.jsonl", row)

@@ -118,6 +118,7 @@ def manifest_record(row: Mapping[str, Any], path: Path, number: int, eval_fracti
         row = ours({name: value for name, value in row.items() if name != "key"})
     except ValueError as e:
         raise UserError(f"{path}, line {number}: {e}; docs/data.md shows the forms that are read") from None
+    row = {name: value for name, value in row.items() if value is not None}  # null says nothing
     names = {f.name for f in dataclasses.fields(Record)}
     more = row.get("more_inputs", [])
     if problem := _problem(row, names):

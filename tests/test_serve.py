@@ -184,6 +184,12 @@ def test_bad_requests_are_one_line(url, fields, files, message):
     assert status == 400 and message in error and "\n" not in error
 
 
+@pytest.mark.parametrize("body", [b"garbage", b"--edge\r\nContent-Disposition: form-data\r\n\r\n\r\n--edge--\r\n"])
+def test_what_is_no_form_is_one_line(url, body):
+    status, _, data = ask(url, "/api/draw", body, {"Content-Type": "multipart/form-data; boundary=edge"})
+    assert status == 400 and "not a form that can be read" in json.loads(data)["error"]
+
+
 def test_too_large_and_foreign_requests_are_refused(url):
     host = urlsplit(url).netloc
     connection = http.client.HTTPConnection(host, timeout=60)
@@ -205,6 +211,9 @@ def test_too_large_and_foreign_requests_are_refused(url):
     ):
         status, _, data = ask(url, "/api/about", headers=headers)
         assert status == 403 and message in json.loads(data)["error"]
+    link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    assert [ask(url, path, headers=link)[0] for path in ("/", "/api/about", "/page.js")] == [200, 403, 403]
+    assert ask(url, "/", b"", link)[0] == ask(url, "/", headers=link | {"Sec-Fetch-Mode": "no-cors"})[0] == 403
     assert ask(url, "/api/about", headers={"Host": host.replace("127.0.0.1", "localhost")})[0] == 200
 
 
@@ -215,7 +224,7 @@ def test_mistakes_of_the_command_are_one_line(capsys, url, model):
         (["--port", 0, "--tasks", "/none"], "--tasks /none: no such folder"), (["--max-images", 99], "--max-images 99 must be in 1..16"),
         (["--max-upload-mb", 0], "--max-upload-mb 0 must be a number above 0"), (["--max-queue", 0], "--max-queue 0"),
         (["--max-upload-mb", "inf"], "--max-upload-mb inf must be a number above 0"),
-        (["--host", "no.such.host.invalid"], "cannot listen"),
+        (["--host", "no.such.host.invalid"], "cannot listen"), (["--host", "a..b"], "--host a..b --port 7861: cannot listen"),
     ):  # fmt: skip
         assert message in fails(capsys, "serve", "--model", model, *flags)
 

@@ -142,7 +142,9 @@ class _Guard:
             length = headers.get("content-length", "0")
             if length.isdigit() and int(length) > self._max_bytes:
                 raise _Refused(413, f"{int(length) / 1e6:.1f} MB in one request; this server takes {self._max_bytes / 1e6:g} MB")
-            if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+            # A link to the page may stand anywhere.
+            clicked = scope["method"] == "GET" and scope["path"] == "/" and headers.get("sec-fetch-mode") == "navigate"
+            if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not clicked:
                 raise _Refused(403, "another site's page may not use this server")
             if self._hosts is not None and _hostname(headers.get("host", "")) not in self._hosts:
                 raise _Refused(403, f"this server answers to {', '.join(self._hosts)} only; start it with another --host")
@@ -224,6 +226,8 @@ def make_app(studio: Studio, *, hosts: Collection[str] | None = None) -> Starlet
 
 
 async def _read_order(request: Request, studio: Studio) -> Order:
+    from python_multipart.exceptions import FormParserError
+
     most = studio.limits.images + 2
     try:
         async with request.form(max_files=most, max_fields=32, max_part_size=_MAX_FIELD) as form:
@@ -234,8 +238,8 @@ async def _read_order(request: Request, studio: Studio) -> Order:
                     files.setdefault(name, []).append(await value.read())
     except ClientDisconnect:
         raise _Refused(400, "the upload was broken off") from None
-    except HTTPException as e:
-        raise UserError(f"not a form that can be read ({e.detail}); send at most {most} files") from None
+    except (HTTPException, FormParserError) as e:  # the latter through older Starlette
+        raise UserError(f"not a form that can be read ({getattr(e, 'detail', e)}); send at most {most} files") from None
     return await run_in_threadpool(studio.check, fields, files)
 
 
@@ -265,8 +269,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as e:
-        raise UserError(f"--host {host} --port {port}: cannot listen: {getattr(e, 'strerror', None) or e}; choose another port") from None
+    except (OSError, OverflowError, UnicodeError) as e:  # the last of a name such as a..b
+        raise UserError(f"--host {host} --port {port}: cannot listen: {getattr(e, 'strerror', None) or e}; choose another") from None
 
 
 def serve(studio: Studio, listening: socket.socket, host: str) -> None:

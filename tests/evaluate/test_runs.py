@@ -338,6 +338,6 @@ def test_int8_is_another_run(capsys, tiny_folders, pair_folder, pairs_run, tmp_p
 def test_parts_are_parsed():
     assert Shard.parse("") is WHOLE and Shard.parse("3/4") == Shard(3, 4)
     assert [n for n in range(9) if Shard(1, 3).has(n)] == [1, 4, 7]
-    for text in ("4/4", "1", "a/b", "-1/2", "0/0"):
+    for text in ("4/4", "1", "a/b", "-1/2", "0/0", "1/" + "9" * 5000):
         with pytest.raises(UserError, match="write part/parts"):
             Shard.parse(text)

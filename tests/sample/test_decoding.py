@@ -244,6 +244,8 @@ def test_sampling_is_the_softmax():
         expected = np.asarray(law)[kept] * len(keys)
         assert np.sum((drawn[kept] - expected) ** 2 / expected) < 30  # chi-square, at most 7 degrees of freedom
     assert (np.asarray(jax.nn.softmax(narrow(logits, Sampling(top_k=3)))) > 0).sum() == 3
+    for smallest in (1e-38, 1e-39, 1e-300):  # in float32 the last two are 0: the most likely token stays
+        assert (choose(jnp.broadcast_to(logits, noise.shape), noise, Sampling(top_p=smallest)) == jnp.argmax(logits)).all()
 
 
 def test_compiled_prompt_file(model, tmp_path):
@@ -302,6 +304,7 @@ def test_compiled_prompt_file(model, tmp_path):
     ({"inputs": np.zeros((16, 16, 3), np.uint8)}, "takes a list"), ({"inputs": np.zeros((4, 4), np.int32)}, "takes a list"),
     ({"task": example(2)}, "an Example is no task; put it into"),
     ({"temperature": float("nan")}, "temperature"), ({"top_k": -1}, "top_k"), ({"guidance": float("inf")}, "guidance"),
+    ({"guidance": 1e39}, "guidance on the task .* from -10000 to 10000, not 1e.39"),
     ({"instruction": "rain " * 20_000}, "do not fit"), ({"task": []}, "at least one example"), ({"window": 0}, "window"),
     ({"task": [("a.png", "b.png")]}, "a list of Example"), ({"inputs": [None]}, "an image must be"),
     ({"task": None}, "at least one example"),

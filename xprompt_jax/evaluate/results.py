@@ -46,9 +46,9 @@ class Shard:
         """
         if not text:
             return WHOLE
-        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)  # Python reads no number of 5000 digits
         if not match or int(match[1]) >= int(match[2]):
-            raise UserError(f"--shard {text}: write part/parts, counted from 0: 0/4, 1/4, 2/4 and 3/4 make a whole")
+            raise UserError(f"--shard {text[:40]}: write part/parts, counted from 0: 0/4, 1/4, 2/4 and 3/4 make a whole")
         return cls(int(match[1]), int(match[2]))
 
 

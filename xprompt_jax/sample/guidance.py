@@ -22,9 +22,12 @@ from __future__ import annotations
 
 import dataclasses
 
+from xprompt_jax.errors import UserError
 from xprompt_jax.sample.arguments import number
 
 BRANCHES = ("nothing", "image", "example", "full")
+MAX_SCALE = 1e4
+"""Of either sign; far beyond any use, and far from where float32 overflows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,10 @@ class Guidance:
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
-            object.__setattr__(self, name, number(f"guidance on the {name} (1 is off)", value))
+            scale = number(f"guidance on the {name} (1 is off)", value)
+            if abs(scale) > MAX_SCALE:
+                raise UserError(f"guidance on the {name} (1 is off) must be from {-MAX_SCALE:g} to {MAX_SCALE:g}, not {scale:g}")
+            object.__setattr__(self, name, scale)
 
     def weights(self) -> dict[str, float]:
         """Weight of every branch that matters; they sum to 1."""

@@ -67,6 +67,7 @@ def narrow(logits: jax.Array, sampling: Sampling) -> jax.Array:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         mass_before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
         floor = jnp.min(jnp.where(mass_before < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        floor = jnp.minimum(floor, ordered[..., :1])  # a top_p below float32's normal numbers counts as 0, and none would be left
         logits = jnp.where(logits < floor, -jnp.inf, logits)
     return logits
 

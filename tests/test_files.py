@@ -20,6 +20,13 @@ def test_temporary_names_are_one_processs_own(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "1"
 
 
+@pytest.mark.parametrize("name", ["x" * 255, "é" * 127, "x" + "日" * 84], ids=["ascii", "two", "three"])
+def test_a_name_may_have_all_the_bytes_that_it_can(tmp_path, name):
+    with atomic_path(tmp_path / name) as temporary:
+        temporary.write_text("1")
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
 def test_a_folder_behind_a_link_is_replaced_where_it_lies(tmp_path):
     (tmp_path / "big").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "big")

@@ -27,7 +27,7 @@ def atomic_path(path: str | os.PathLike, writer: int | None = None) -> Iterator[
       UserError: the place cannot be written (no such folder, no permission, disk full).
     """
     path = real_folder(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6) if writer is None else writer}.partial")
+    temporary = temporary_name(path, secrets.token_hex(6) if writer is None else writer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -40,6 +40,12 @@ def atomic_path(path: str | os.PathLike, writer: int | None = None) -> Iterator[
         shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):  # it never came to be, or was a folder
             temporary.unlink()
+
+
+def temporary_name(path: Path, writer: str | int) -> Path:
+    """Beside `path`; of a long name the start alone, for a name has 255 bytes at most, on some file systems 143."""
+    start = os.fsencode(path.name)[:100].decode(errors="ignore")
+    return path.with_name(f".{start}.{writer}.partial")
 
 
 def real_folder(path: str | os.PathLike) -> Path:

@@ -26,7 +26,7 @@ from xprompt_jax.checkpoint import load_arrays, save_arrays
 from xprompt_jax.config import ModelConfig, VQConfig, load_json, to_json
 from xprompt_jax.convert.weights import VQGAN_PREFIX, Part, Read, abstract_vqgan, groups_of, shapes_of
 from xprompt_jax.errors import UserError
-from xprompt_jax.files import atomic_path, check_place
+from xprompt_jax.files import atomic_path, check_place, temporary_name
 from xprompt_jax.mesh import all_agree, from_first
 from xprompt_jax.model.params import flatten, unflatten
 from xprompt_jax.model.vqgan import VQGAN
@@ -105,7 +105,7 @@ def save_folder(folder: str | Path, config: ModelConfig, read: Read, tokenizer: 
     """
     folder, first = check_place(folder, *MODEL_FOLDER), jax.process_index() == 0
     writer = from_first(os.getpid())
-    with atomic_path(folder, writer) if first else nullcontext(folder.with_name(f".{folder.name}.{writer}.partial")) as temporary:
+    with atomic_path(folder, writer) if first else nullcontext(temporary_name(folder, writer)) as temporary:
         target = NativeTarget(temporary, config)
         for part in target.parts():
             target.write(part, read)

@@ -70,7 +70,10 @@ def test_quick_belongs_to_training(tmp_path):
         Demo(workdir=tmp_path, devices=2).run()
 
 
-@pytest.mark.parametrize("flags, message", [({"seed": -1}, "--seed -1 must be"), ({"workdir": __file__}, "a file; give a folder")])
+@pytest.mark.parametrize("flags, message", [
+    ({"seed": -1}, "--seed -1 must be"), ({"workdir": __file__}, "a file; give a folder"),
+    ({"workdir": f"{__file__}/demo"}, "cannot make the folder: Not a directory"),
+])  # fmt: skip
 def test_mistakes_are_told_before_anything_is_drawn(tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
         Demo(**{"workdir": tmp_path, **{k: Path(v) if k == "workdir" else v for k, v in flags.items()}}).run()

@@ -48,6 +48,10 @@ class Demo:
         seed_of(self.seed, "--seed")
         if self.workdir.exists() and not self.workdir.is_dir():
             raise UserError(f"--workdir {self.workdir}: a file; give a folder")
+        try:
+            self.workdir.mkdir(parents=True, exist_ok=True)  # before the work
+        except OSError as e:
+            raise UserError(f"--workdir {self.workdir}: cannot make the folder: {e.strerror}; give another one") from None
         if not self.train:
             from xprompt_jax.demo.shipped import run_demo
 

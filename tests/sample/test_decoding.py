@@ -304,6 +304,7 @@ def test_compiled_prompt_file(model, tmp_path):
     ({"inputs": np.zeros((16, 16, 3), np.uint8)}, "takes a list"), ({"inputs": np.zeros((4, 4), np.int32)}, "takes a list"),
     ({"task": example(2)}, "an Example is no task; put it into"),
     ({"temperature": float("nan")}, "temperature"), ({"top_k": -1}, "top_k"), ({"guidance": float("inf")}, "guidance"),
+    ({"first_image": -1}, "first_image -1 must be at least 0"),
     ({"guidance": 1e39}, "guidance on the task .* from -10000 to 10000, not 1e.39"),
     ({"instruction": "rain " * 20_000}, "do not fit"), ({"task": []}, "at least one example"), ({"window": 0}, "window"),
     ({"task": [("a.png", "b.png")]}, "a list of Example"), ({"inputs": [None]}, "an image must be"),

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from xprompt_jax.errors import UserError
-from xprompt_jax.sample.arguments import seed_of, whole
+from xprompt_jax.sample.arguments import MAX_SEED, seed_of, whole
 from xprompt_jax.sample.compiled import CompiledPrompt
 from xprompt_jax.sample.logits import Sampling
 from xprompt_jax.sample.prefill import check_room, prefill
@@ -45,9 +45,9 @@ Prompt = tuple[CompiledPrompt | None, np.ndarray]
 
 def draw(
     model: XPrompt, branches: Mapping[str, Sequence[Prompt]], drafts: np.ndarray | None, weights: Mapping[str, float], *,
-    seed: int, num_images: int, decoding: str, window: int, sampling: Sampling, progress: bool, partial: bool,
+    seed: int, num_images: int, first_image: int = 0, decoding: str, window: int, sampling: Sampling, progress: bool, partial: bool,
 ) -> Iterator[np.ndarray]:  # fmt: skip
-    """Draws `num_images` of every prompt.
+    """Draws `num_images` of every prompt, from number `first_image` on.
 
     Args:
       model: with tokenizers.
@@ -65,6 +65,7 @@ def draw(
     if decoding not in DECODINGS:
         raise UserError(f"decoding {decoding!r} is unknown; use jacobi or sequential, or speculative")
     num_images, window = whole("num_images", num_images, 1), whole("window", window, 1)
+    first_image = whole("first_image", first_image, 0, MAX_SEED - num_images)
     window = 1 if decoding == "sequential" else window
     grid = model.config.vq.grid
     total = len(branches["full"]) * num_images
@@ -76,7 +77,7 @@ def draw(
             images = list(range(first, min(first + MAX_BATCH, total)))
             padded = pad_rows(images)
             rows = [branches[name][i // num_images] for name in weights for i in padded]
-            keys = image_keys(seed, [i % num_images for i in padded])
+            keys = image_keys(seed, [first_image + i % num_images for i in padded])
             guess = np.zeros((len(padded), grid, grid), np.int32) if drafts is None else drafts[[i // num_images for i in padded]]
             for done, drawn in _draw_batch(model, rows, guess, scales, keys, window, sampling, chunks, decoding == "speculative"):
                 codes[images] = np.where(done, drawn[: len(images)], drawn[: len(images), :1, :1])

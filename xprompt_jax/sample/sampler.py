@@ -215,8 +215,9 @@ class XPrompt:
     def generate(
         self, task: CompiledPrompt | Sequence[CompiledPrompt] | Sequence[Example] | None, inputs: Sequence[ImageLike],
         instruction: str | None = None, *, retrieve_from: RetrievalIndex | None = None, encoder: Encoder | None = None, seed: int = 0,
-        num_images: int = 1, defaults: str = "plain", guidance: float | Guidance | None = None, temperature: float | None = None,
-        top_k: int | None = None, top_p: float | None = None, decoding: str = "jacobi", window: int = 16, progress: bool = False,
+        num_images: int = 1, first_image: int = 0, defaults: str = "plain", guidance: float | Guidance | None = None,
+        temperature: float | None = None, top_k: int | None = None, top_p: float | None = None, decoding: str = "jacobi",
+        window: int = 16, progress: bool = False,
     ) -> list[PIL.Image.Image]:  # fmt: skip
         """Does to each input what the example shows.
 
@@ -228,6 +229,7 @@ class XPrompt:
             encoder it was made with, if not the default one.
           seed: image j of every input depends on (seed, j) and its prompt alone, not on the batch.
           num_images: images per input.
+          first_image: number of the first of them: 16 goes on where `num_images` of 16 ended.
           defaults: name of the settings that stand where an argument is None; see sample/defaults.py.
           guidance: scale on the example, or a `Guidance`.
           temperature, top_k, top_p: see `Sampling`.
@@ -248,15 +250,16 @@ class XPrompt:
             ((found, _),) = retrieve_from.retrieve(instruction, encoder=encoder)
             task = [Example(found.input, found.output, found.instruction)]
         *_, images = self.stream(
-            task, inputs, instruction, seed=seed, num_images=num_images, defaults=defaults, guidance=guidance, temperature=temperature,
-            top_k=top_k, top_p=top_p, decoding=decoding, window=window, progress=progress, partial=False,
+            task, inputs, instruction, seed=seed, num_images=num_images, first_image=first_image, defaults=defaults, guidance=guidance,
+            temperature=temperature, top_k=top_k, top_p=top_p, decoding=decoding, window=window, progress=progress, partial=False,
         )  # fmt: skip
         return images
 
     def stream(
         self, task, inputs: Sequence[ImageLike], instruction: str | None = None, *, seed: int = 0, num_images: int = 1,
-        defaults: str = "plain", guidance: float | Guidance | None = None, temperature: float | None = None, top_k: int | None = None,
-        top_p: float | None = None, decoding: str = "jacobi", window: int = 16, progress: bool = False, partial: bool = True,
+        first_image: int = 0, defaults: str = "plain", guidance: float | Guidance | None = None, temperature: float | None = None,
+        top_k: int | None = None, top_p: float | None = None, decoding: str = "jacobi", window: int = 16, progress: bool = False,
+        partial: bool = True,
     ) -> Iterator[list[PIL.Image.Image]]:  # fmt: skip
         """As `generate`, but yields all images after every row of codes; what is not drawn yet repeats the first code."""
         check_list(inputs, "generate", "input image")
@@ -275,13 +278,13 @@ class XPrompt:
             branches["example"].append((context, self.prompter.task("", code)))
             branches["full"].append((context, self.prompter.task(text, code)))
         for drawn in draw(
-            self, branches, codes, scale.weights(), seed=seed, num_images=num_images, decoding=decoding, window=window,
-            sampling=sampling, progress=progress, partial=partial,
+            self, branches, codes, scale.weights(), seed=seed, num_images=num_images, first_image=first_image, decoding=decoding,
+            window=window, sampling=sampling, progress=progress, partial=partial,
         ):  # fmt: skip
             yield self.decode_images(drawn)
 
     def text_to_image(
-        self, prompts: Sequence[str], *, seed: int = 0, num_images: int = 1, defaults: str = "plain",
+        self, prompts: Sequence[str], *, seed: int = 0, num_images: int = 1, first_image: int = 0, defaults: str = "plain",
         guidance: float | Guidance | None = None, temperature: float | None = None, top_k: int | None = None,
         top_p: float | None = None, decoding: str = "jacobi", window: int = 16, progress: bool = False,
     ) -> list[PIL.Image.Image]:  # fmt: skip
@@ -295,8 +298,8 @@ class XPrompt:
         nothing = [(None, np.zeros(0, np.int32))] * len(prompts)
         branches = {"example": nothing, "full": [(None, self.prompter.text_task(p)) for p in prompts]}
         *_, drawn = draw(
-            self, branches, None, Guidance(text=text).weights(), seed=seed, num_images=num_images, decoding=decoding, window=window,
-            sampling=override(base.image, temperature, top_k, top_p), progress=progress, partial=False,
+            self, branches, None, Guidance(text=text).weights(), seed=seed, num_images=num_images, first_image=first_image,
+            decoding=decoding, window=window, sampling=override(base.image, temperature, top_k, top_p), progress=progress, partial=False,
         )  # fmt: skip
         return self.decode_images(drawn)
 

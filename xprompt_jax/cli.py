@@ -136,6 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _fail(f"{e.filename or 'a path'}: {e.strerror}; choose a shorter one")
         if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             _fail(f"{e.filename or 'disk'}: {e.strerror}; free space or choose another folder")
+        if e.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP) and e.filename is not None:
+            _fail(f"{e.filename}: {e.strerror}; correct the path or choose another")
         raise
 
 

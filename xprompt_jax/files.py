@@ -128,7 +128,7 @@ def read_tensors(path: str | os.PathLike, kind: str, what: str, command: str) ->
     import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors needs)
     import safetensors
 
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # Path.is_file raises where the name is too long
         raise UserError(f"{path}: no such file; make it with `{command}`")
     try:
         Path(path).open("rb").close()  # of a file that may not be read, safetensors says that there is none

@@ -1,5 +1,6 @@
 """`xprompt sample` on folders and manifests: what it writes, what it survives, what it refuses."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -15,10 +16,11 @@ import pytest
 
 from tests.helpers import FP32, TINY
 from tests.test_cli import ROOT, fails, run
-from xprompt_jax import Example, XPrompt
+from xprompt_jax import CompiledPrompt, Example, UserError, XPrompt
 from xprompt_jax.cli import main
 from xprompt_jax.data.images import save_png
 from xprompt_jax.model.chameleon import Chameleon
+from xprompt_jax.sample.batch import LOCK, Task, draw_folder, find_requests
 from xprompt_jax.sample.draw import MAX_BATCH
 
 
@@ -103,7 +105,9 @@ def test_a_folder_is_drawn_and_told(capsys, loaded, model, task, photos, tmp_pat
 
     before = content(out)
     (out / "3.png").unlink()
-    assert sample(capsys, *flags) == f"{out}: 1 image(s) drawn, 5 kept"
+    (out / "0.png").write_bytes(b"")
+    (out / "1.png").write_bytes(before["1.png"][:-20])
+    assert sample(capsys, *flags) == f"{out}: 3 image(s) drawn, 3 kept"
     assert {name: data for name, data in content(out).items() if name != "samples.jsonl"} == {
         name: data for name, data in before.items() if name != "samples.jsonl"
     }
@@ -124,6 +128,87 @@ def test_other_settings_need_another_folder(capsys, model, task, photos, tmp_pat
     assert content(out)["0.png"] == first["0-0.png"]
     (out / "samples.jsonl").write_text("{}\n")
     assert "samples.jsonl, line 1: not a line of `xprompt sample`" in fails(capsys, *flags)
+    (out / "samples.jsonl").unlink()
+    (out / "samples.jsonl").mkdir()
+    assert "samples.jsonl: Is a directory; correct the path or choose another" in fails(capsys, *flags)
+
+
+def test_files_of_others_are_kept(capsys, loaded, model, task, photos, tmp_path):
+    flags = ["sample", "--model", model, "--task", task, "--out", tmp_path / "o", "--inputs", photos / "0.png"]
+    kept = lambda name: f"o: holds files that are not of `xprompt sample` ({name}); choose another --out"
+    for name in ("contact.png", "errors.jsonl", "0.png"):
+        (tmp_path / "o").mkdir()
+        (tmp_path / "o" / name).write_text("mine")
+        with pytest.raises(UserError) as error:
+            draw_folder(loaded, find_requests([photos / "0.png"], tmp_path / "o"), tmp_path / "o", task=Task.load(task), sampling={})
+        assert kept(name) in str(error.value)
+        assert content(tmp_path / "o") == {name: b"mine"}
+        shutil.rmtree(tmp_path / "o")
+    sample(capsys, *flags[1:])
+    (tmp_path / "o/1.png").write_text("mine")
+    before = content(tmp_path / "o")
+    for more in ([], ["--overwrite"]):
+        assert kept("1.png") in fails(capsys, *flags, photos / "1.png", *more)
+    assert content(tmp_path / "o") == before
+
+
+def test_images_without_lines_are_known_by_the_lock(capsys, model, task, photos, tmp_path):
+    """A run that fails in the middle of a batch leaves them, as one that is killed does; two runs at once are refused."""
+    flags = ["--model", model, "--task", task, "--inputs", photos]
+    out = tmp_path / "o"
+    out.mkdir()
+    (out / "sub").touch()  # where a folder is to be
+    with pytest.raises(SystemExit):
+        main([str(flag) for flag in ["sample", *flags, "--out", out]])
+    assert "sub/0.png: cannot write" in capsys.readouterr().err and (out / "0.png").exists()
+    (out / "sub").unlink()
+    assert json.loads((out / LOCK).read_text())[0] == "0.png" and not lines(out / "samples.jsonl")
+    before = content(out)
+    with (out / LOCK).open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "o: another run is drawing here; wait for its end" in fails(capsys, "sample", *flags, "--out", out)
+    assert content(out) == before
+    assert "1 image(s) drawn, 0 kept" in sample(capsys, *flags[:-1], photos / "1.png", "--out", out)
+    assert sorted(content(out)) == ["1.png", "contact.png", "samples.jsonl"]
+    assert "5 image(s) drawn, 1 kept" in sample(capsys, *flags, "--out", out)
+
+
+def test_many_images_of_an_input_are_kept_in_parts(capsys, loaded, model, task, photos, tmp_path):
+    flags = ["--model", model, "--task", task, "--inputs", photos / "0.png", "--out", tmp_path / "o", "--num-images", MAX_BATCH + 2]
+    sample(capsys, *flags)
+    want = loaded.generate(CompiledPrompt.load(task), [photos / "0.png"], num_images=MAX_BATCH + 2)
+    for i, image in enumerate(want):
+        np.testing.assert_array_equal(pixels(tmp_path / f"o/0-{i}.png"), np.asarray(image))
+    assert [line["index"] for line in lines(tmp_path / "o/samples.jsonl")] == list(range(MAX_BATCH + 2))
+    before = content(tmp_path / "o")
+    (tmp_path / f"o/0-{MAX_BATCH + 1}.png").unlink()
+    assert f"2 image(s) drawn, {MAX_BATCH} kept" in sample(capsys, *flags)
+    assert content(tmp_path / "o") == before
+
+
+def test_names_that_the_file_system_does_not_take_are_left_out_and_told(capsys, model, task, photos, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a", "x" * 251):  # with its suffix as long as a name may be
+        shutil.copy(photos / "0.png", tmp_path / "in" / f"{name}.png")
+    flags = ["--model", model, "--task", task, "--inputs", tmp_path / "in"]
+    assert "2 image(s) drawn" in sample(capsys, *flags, "--out", tmp_path / "one")
+    with pytest.raises(SystemExit):
+        main([str(flag) for flag in ["sample", *flags, "--out", tmp_path / "two", "--num-images", 2]])
+    assert "1 of 2 inputs could not be used" in capsys.readouterr().err
+    (error,) = lines(tmp_path / "two/errors.jsonl")
+    assert "x-0.png: File name too long; give its input a shorter name" in error["error"]
+    assert sorted(content(tmp_path / "two")) == ["a-0.png", "a-1.png", "contact.png", "errors.jsonl", "samples.jsonl"]
+
+
+def test_inputs_that_are_gone_are_not_on_the_sheet(capsys, model, task, photos, tmp_path):
+    for name in "ab":
+        shutil.copy(photos / "0.png", tmp_path / f"{name}.png")
+    flags = ["--model", model, "--task", task, "--inputs", tmp_path / "a.png", tmp_path / "b.png", "--out", tmp_path / "o"]
+    sample(capsys, *flags)
+    height = pixels(tmp_path / "o/contact.png").shape[0]
+    (tmp_path / "a.png").unlink()
+    assert "0 image(s) drawn, 2 kept" in sample(capsys, *flags)
+    assert pixels(tmp_path / "o/contact.png").shape[0] < height - 100
 
 
 def test_bad_inputs_are_left_out_and_told(capsys, caplog, model, task, photos, tmp_path):
@@ -214,11 +299,27 @@ def test_instructions_that_do_not_fit_are_left_out_and_told(capsys, loaded, mode
     ('{"seed": 1}', "line 1: no input"), ('{"input": "a.png", "sede": 1}', "line 1: unknown field 'sede'"),
     ('{"input": "a.png"}\n{"input": "a.png", "seed": "1"}', 'line 2: seed must be a whole number, not "1"'),
     ('{"input": "a.png", "seed": 4294967296}', "line 1: seed 4294967296 must be at least 0 and at most 4294967295"),
+    ('{"input": "a\\u0000.png"}', 'line 1: input "a\\u0000.png" cannot be a path'),
+    ('{"input": "a.png", "task": "\\ud800"}', 'line 1: task "\\ud800" cannot be a path'),
+    ('{"input": "a.png", "name": "\\ud800"}', 'line 1: name "\\ud800" cannot be a path'),
     ('{"input": "a.png", "name": "../a"}', "line 1: name '../a' must be a name or path below --out"),
 ])  # fmt: skip
 def test_bad_manifests_are_refused(capsys, tmp_path, text, message):
     (tmp_path / "m.jsonl").write_text(text)
     assert message in fails(capsys, "sample", "--model", "/none", "--task", "t", "--inputs", tmp_path / "m.jsonl", "--out", tmp_path / "o")
+
+
+def test_paths_that_lead_nowhere_are_left_out_and_told(capsys, model, task, photos, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    good = str(photos / "0.png")
+    rows = [{"input": "loop/a.png"}, {"input": good}, {"input": good, "task": "loop/t"}, {"input": good, "task": "t" * 300}]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["sample", "--model", model, "--task", task, "--out", tmp_path / "o", "--inputs", tmp_path / "m.jsonl", tmp_path / "loop"]
+    with pytest.raises(SystemExit):
+        main([str(flag) for flag in flags])
+    assert "4 of 5 inputs could not be used" in capsys.readouterr().err and (tmp_path / "o/0.png").exists()
+    assert len(lines(tmp_path / "o/errors.jsonl")) == 4
+    assert f"{tmp_path}/loop: cannot write: File exists" in fails(capsys, *flags[:5], "--inputs", good, "--out", tmp_path / "loop")
 
 
 def test_mistakes_are_one_line(capsys, model, task, photos, tmp_path):
@@ -273,6 +374,7 @@ def test_killed_and_started_again_is_uninterrupted(capsys, monkeypatch, model, t
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+    assert (out / LOCK).exists()
     with (out / "samples.jsonl").open("a") as file:
         file.write('{"file": "11-')  # as a kill in the middle of a line leaves it
     pipe.unlink()

@@ -4,23 +4,28 @@
     OUT/samples.jsonl          a line for each image: file, input, task, instruction, seed, index, settings, model
     OUT/errors.jsonl           inputs of the last run that could not be used, and why
     OUT/contact.png            the first inputs beside what was drawn from them
+    OUT/.sample.lock           while a run draws: its lock, with the names of the images that are being written
 
-An image is on disk before its line is, so that every line of a killed run tells the truth. An image depends on its prompt, its seed
-and its index alone, so a run in pieces draws the images of a run in one.
+An image is on disk before its line is, so that every line of a killed run tells the truth; images without lines, which such a run may
+leave, are known by the lock file. No other file is overwritten. An image depends on its prompt, its seed and its index alone, so a run
+in pieces draws the images of a run in one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import functools
 import hashlib
 import itertools
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
@@ -38,6 +43,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LOCK = ".sample.lock"
 SHEET = "contact.png"
 SHEET_ROWS = 40
 """Inputs on the contact sheet."""
@@ -115,8 +121,8 @@ def find_requests(inputs: Sequence[Path], out: Path) -> list[Request]:
     """
     found: list[Request] = []
     for path in inputs:
-        if path.is_dir():
-            if out.resolve().is_relative_to(path.resolve()):
+        if os.path.isdir(path):
+            if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(path)):  # Path.resolve raises where a link leads to itself
                 raise UserError(f"--out {out} lies inside --inputs {path}, and the next run would draw from it; choose a folder beside it")
             found += [Request(image.relative_to(path).with_suffix("").as_posix(), image) for image in list_images(path)]
         elif path.suffix.lower() == ".jsonl":
@@ -124,7 +130,7 @@ def find_requests(inputs: Sequence[Path], out: Path) -> list[Request]:
         else:
             found.append(Request(path.stem, path))
     for request in found:
-        if request.input is not None and request.input.parent.resolve() == out.resolve():
+        if request.input is not None and os.path.realpath(request.input.parent) == os.path.realpath(out):
             raise UserError(f"--out {out} is the folder of {request.input}, which might be overwritten; choose another folder")
     return found
 
@@ -143,20 +149,30 @@ def _read_manifest(path: Path) -> list[Request]:
                 raise UserError(f"{where}: {field} must be {'a whole number' if field == 'seed' else 'a text'}, not {json.dumps(value)}")
         if "input" not in row:
             raise UserError(f'{where}: no input; write {{"input": "photo.png"}}')
+        for field in ("input", "task", "name"):
+            if not _is_path(row.get(field, "")):
+                raise UserError(f"{where}: {field} {json.dumps(row[field])} cannot be a path; correct it")
         seed_of(row.get("seed", 0), f"{where}: seed")
         image, name = path.parent / row["input"], row.get("name")
         if name is not None and not _is_below(name):
             raise UserError(f"{where}: name {name!r} must be a name or path below --out")
         task = path.parent / row["task"] if "task" in row else None
-        found.append(Request(name or image.stem, image, task, row.get("instruction"), row.get("seed")))
+        found.append(Request(PurePosixPath(name or image.stem).as_posix(), image, task, row.get("instruction"), row.get("seed")))
     if not found:
         raise UserError(f'{path}: empty; write one {{"input": "photo.png"}} a line')
     return found
 
 
+def _is_path(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
+
+
 def _is_below(name: str) -> bool:
     path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and _is_path(name)
 
 
 def _digest(paths: Sequence[Path]) -> str:
@@ -194,50 +210,62 @@ def draw_folder(
       overwrite: forget what `out` holds and draw it again.
 
     Raises:
-      UserError: `task` is another model's, `out` holds images of other settings or another model, or cannot be written.
+      UserError: `task` is another model's; `out` holds images of other settings or another model, or files that are not of such runs
+        and would be overwritten; another run is drawing there, or it cannot be written.
     """
-    from xprompt_jax.sample.draw import MAX_BATCH, check_prompt
-
     if task is not None:
         task.check(model)
     settings = {
         "task": task.digest if task else None, "instruction": instruction, "seed": seed, "num_images": num_images, **sampling,
         "precision": model.precision,
     }  # fmt: skip
-    folder = _Folder(out, model.fingerprint, settings, overwrite=overwrite)
+    with _locked(out) as lock:
+        folder = _Folder(out, model.fingerprint, settings, lock, overwrite=overwrite)
+        return _draw_all(model, requests, folder, task, instruction, seed, num_images, sampling, progress)
+
+
+def _draw_all(model, requests, folder, task, instruction, seed, num_images, sampling, progress) -> Summary:
+    from xprompt_jax.sample.draw import MAX_BATCH, check_prompt
+
     load = functools.lru_cache(maxsize=PROMPTS)(Task.load)
 
     def task_of(request: Request) -> Task | None:
         return task if request.task is None else load(request.task).check(model)
 
-    plans, failed = {}, 0
+    plans, failures, bad = {}, [], set()
     for request in requests:
         try:
             plan = folder.plan(request, task_of(request), instruction, seed, num_images)
             plans[plan.files] = plan  # what is asked for twice is drawn once
         except UserError as e:
-            failed += 1
-            folder.fail(request, e)
-    todo = [plan for plan in plans.values() if not folder.has(plan)]
-    kept, drawn = num_images * (len(plans) - len(todo)), 0
-    if kept:
-        log.info("%s: %d image(s) drawn before, %d to draw", out, kept, num_images * len(todo))
-    with tqdm(total=num_images * len(todo), unit="image", desc="drawing", disable=not progress) as bar:
+            failures.append((request, e))
+    folder.begin(plans.values())
+    for request, error in failures:
+        folder.fail(request, error)
+    # Many images of one request in parts, so that a run that is killed keeps those that are drawn.
+    parts = [part for plan in plans.values() for part in plan.parts(MAX_BATCH)]
+    todo = [part for part in parts if not folder.has(part)]
+    count, drawn = sum(len(part.files) for part in todo), 0
+    if kept := num_images * len(plans) - count:
+        log.info("%s: %d image(s) drawn before, %d to draw", folder.out, kept, count)
+    with tqdm(total=count, unit="image", desc="drawing", disable=not progress) as bar:
         for batch in _batches(todo, max(1, MAX_BATCH // num_images)):
             ready, codes = [], []
             for plan in batch:
                 try:
                     found = [] if plan.request.input is None else [model.encode_images([plan.request.input])[0]]
                     check_prompt(model, plan.told["instruction"], *found, window=sampling["window"])
+                    folder.check_names(plan)
                     ready.append(plan)
                     codes += found
                 except UserError as e:
-                    failed += 1
-                    folder.fail(plan.request, e)
-                    bar.total -= num_images
+                    if plan.request not in bad:
+                        folder.fail(plan.request, e)
+                    bad.add(plan.request)
+                    bar.total -= len(plan.files)
             if not ready:
                 continue
-            options = {"seed": ready[0].told["seed"], "num_images": num_images, **sampling}
+            options = {"seed": ready[0].told["seed"], "num_images": len(ready[0].files), "first_image": ready[0].first, **sampling}
             texts = [plan.told["instruction"] for plan in ready]
             if codes:
                 tasks = filter(None, (task_of(plan.request) for plan in ready))
@@ -249,8 +277,8 @@ def draw_folder(
             drawn += len(images)
             bar.update(len(images))
     if shown := [plan for plan in plans.values() if folder.has(plan)]:
-        _write_sheet(out, shown, model.config.vq.image_size)
-    return Summary(drawn, kept, failed)
+        _write_sheet(folder.out, shown, model.config.vq.image_size)
+    return Summary(drawn, kept, len(failures) + len(bad))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,6 +288,13 @@ class _Plan:
     request: Request
     told: Mapping[str, Any]
     files: tuple[str, ...]
+    first: int = 0
+    """Index of the first image."""
+
+    def parts(self, most: int) -> list[_Plan]:
+        """Itself in plans of at most `most` images."""
+        starts = range(0, len(self.files), most)
+        return [dataclasses.replace(self, files=self.files[i : i + most], first=i) for i in starts]
 
 
 def _batches(plans: Sequence[_Plan], most: int) -> Iterator[list[_Plan]]:
@@ -270,26 +305,84 @@ def _batches(plans: Sequence[_Plan], most: int) -> Iterator[list[_Plan]]:
         yield from (same_seed[i : i + most] for i in range(0, len(same_seed), most))
 
 
-class _Folder:
-    """The images of a folder and the lines that tell of them."""
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[IO[str]]:
+    """The lock file of a folder, held. It goes with the run, unless it tells of images that have no lines yet."""
+    path = out / LOCK
+    busy = UserError(f"{out}: another run is drawing here; wait for its end or choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"{out}: cannot write: {e.strerror}; choose another --out") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however it ends
+            if not os.path.samefile(path, file.fileno()):
+                raise busy
+        except (BlockingIOError, FileNotFoundError):  # the latter where a run that has just ended removed it
+            raise busy from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield file
+        finally:
+            if not os.fstat(file.fileno()).st_size:
+                path.unlink(missing_ok=True)
 
-    def __init__(self, out: Path, model: str, settings: Mapping[str, Any], *, overwrite: bool):
-        self._out, self._model, self._settings = out, model, dict(settings)
+
+class _Folder:
+    """The images of a folder and the lines that tell of them. Nothing is written before `begin`."""
+
+    def __init__(self, out: Path, model: str, settings: Mapping[str, Any], lock: IO[str], *, overwrite: bool):
+        self.out, self._model, self._settings, self._lock = out, model, dict(settings), lock
         self._samples, self._errors = out / "samples.jsonl", out / "errors.jsonl"
-        records = self._read() if self._samples.exists() else []
+        self._new = not self._samples.exists()
+        records = [] if self._new else self._read()
+        ours = {record["file"] for record in records} | self._noted()
         if overwrite:
-            for record in records:
-                (out / record["file"]).unlink(missing_ok=True)
             records = []
         for record in records:
             self._compare(record)
-        drawn = {record["file"]: record for record in records if (out / record["file"]).is_file()}
-        self._files = {_key(record): file for file, record in drawn.items()}
+        self._records = {record["file"]: record for record in records if _is_whole(out / record["file"])}
+        self._files = {_key(record): file for file, record in self._records.items()}
         self._owners: dict[str, Any] = {file: key for key, file in self._files.items()} | {SHEET: None}  # an input may be called contact
-        self._drawn = set(drawn)
+        self._drawn = set(self._records)
+        self._stale = ours - self._drawn
+
+    def begin(self, plans: Iterable[_Plan]) -> None:
+        """Removes what a killed run left without lines or damaged, and with `overwrite` all earlier images.
+
+        Raises:
+          UserError: files that are not of such runs would be overwritten.
+        """
+        names = [file for plan in plans for file in plan.files if file not in self._drawn | self._stale]
+        for name in [*names, SHEET, self._errors.name] if self._new else names:
+            if os.path.lexists(self.out / name):
+                raise UserError(f"{self.out}: holds files that are not of `xprompt sample` ({name}); choose another --out")
+        for file in self._stale:
+            (self.out / file).unlink(missing_ok=True)
         with atomic_path(self._samples) as temporary:  # without what a killed run left half written
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in drawn.values()), encoding="utf-8")
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in self._records.values()), encoding="utf-8")
         self._errors.unlink(missing_ok=True)
+        self._note([])
+
+    def _noted(self) -> set[str]:
+        """Names that a killed run was writing."""
+        self._lock.seek(0)
+        try:
+            return {name for name in json.loads(self._lock.read()) if _is_below(name)}
+        except (ValueError, TypeError):  # empty, or cut short before the first of them was written
+            return set()
+
+    def _note(self, files: Sequence[str]) -> None:
+        """Tells a later run what is being written."""
+        self._lock.seek(0)
+        self._lock.truncate()
+        self._lock.write(json.dumps(files) if files else "")
+        self._lock.flush()
+        if files:
+            os.fsync(self._lock.fileno())
 
     def _read(self) -> list[dict[str, Any]]:
         records = []
@@ -311,7 +404,7 @@ class _Folder:
         old = {**record["settings"], "model": record["model"]}
         for name, value in {**self._settings, "model": self._model}.items():
             if old.get(name) != value:
-                raise UserError(f"{self._out}: its images were drawn with {name} {json.dumps(old.get(name))}, not {json.dumps(value)}; "
+                raise UserError(f"{self.out}: its images were drawn with {name} {json.dumps(old.get(name))}, not {json.dumps(value)}; "
                                 "choose another --out, or give --overwrite to draw them again")  # fmt: skip
 
     def plan(self, request: Request, task: Task | None, instruction: str | None, seed: int, num_images: int) -> _Plan:
@@ -337,20 +430,46 @@ class _Folder:
         """Whether all its images are there."""
         return self._drawn.issuperset(plan.files)
 
+    def check_names(self, plan: _Plan) -> None:
+        """Makes the folders of its images.
+
+        Raises:
+          UserError: the file system takes no name of that length.
+        """
+        for path in (self.out / file for file in plan.files):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.lstat()
+            except OSError as e:  # others are told when the image is written
+                if e.errno == errno.ENAMETOOLONG:
+                    raise UserError(f"{path}: {e.strerror}; give its input a shorter name, or one in a manifest") from None
+
     def add(self, plans: Sequence[_Plan], images: Sequence[PIL.Image.Image]) -> None:
         """Writes the images of plans, all of the first first, and then their lines."""
-        files = [(plan, index, file) for plan in plans for index, file in enumerate(plan.files)]
-        for (_, _, file), image in zip(files, images, strict=True):
-            save_png(image, self._out / file)
-        common = {"settings": self._settings, "model": self._model}
+        files = [(plan, index, file) for plan in plans for index, file in enumerate(plan.files, plan.first)]
         new = [entry for entry in files if entry[2] not in self._drawn]
+        self._note([file for _, _, file in new])
+        for (_, _, file), image in zip(files, images, strict=True):
+            save_png(image, self.out / file)
+        common = {"settings": self._settings, "model": self._model}
         _append(self._samples, [{"file": file, **plan.told, "index": index, **common} for plan, index, file in new])
         self._drawn.update(file for _, _, file in files)
+        self._note([])
 
     def fail(self, request: Request, error: UserError) -> None:
         """Notes a request that cannot be used."""
         log.warning("left out: %s", error)
         _append(self._errors, [{"input": str(request.input or request.instruction), "error": str(error)}])
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an image lies there, with all its bytes: after a loss of power it may be empty."""
+    try:
+        with PIL.Image.open(path) as image:
+            image.verify()
+    except Exception:  # decoders meet damaged files with nearly any
+        return False
+    return True
 
 
 def _key(record: Mapping[str, Any]) -> tuple:
@@ -365,15 +484,18 @@ def _append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _write_sheet(out: Path, plans: Sequence[_Plan], size: int) -> None:
-    """contact.png: each input, cropped as the model meets it, beside its images."""
+    """contact.png: each input, cropped as the model meets it, beside its images; without inputs that are gone since they were drawn."""
     side, rows = min(size, SHEET_SIDE), []
     for plan in plans[:SHEET_ROWS]:
         shown = []
-        if plan.request.input is not None:
-            shown.append(("input", resize_center_crop(open_image(plan.request.input), side)))
-        for index, file in enumerate(plan.files):
-            drawn = PIL.Image.open(out / file).convert("RGB").resize((side, side), PIL.Image.Resampling.LANCZOS)
-            shown.append((f"drawn {index}" if len(plan.files) > 1 else "drawn", np.asarray(drawn)))
+        try:
+            if plan.request.input is not None:
+                shown.append(("input", resize_center_crop(open_image(plan.request.input), side)))
+            for index, file in enumerate(plan.files):
+                drawn = open_image(out / file).resize((side, side), PIL.Image.Resampling.LANCZOS)
+                shown.append((f"drawn {index}" if len(plan.files) > 1 else "drawn", np.asarray(drawn)))
+        except UserError:
+            continue
         rows.append(ReportRow(f"{plan.request.name} · {plan.told['instruction']}", "", tuple(shown)))
     title = f"{out.name}: {len(plans)} input(s)" + (f", the first {SHEET_ROWS}" if len(plans) > SHEET_ROWS else "")
     contact_sheet(out / SHEET, rows, title=title, scale=max(1, SHEET_SIDE // side))

@@ -128,9 +128,10 @@ def test_index_file_round_trips_and_knows_its_source(tmp_path):
     again = RetrievalIndex.load(tmp_path / "sub" / "i")
     for name in ("features", "instructions", "neighbours", "cosines"):
         np.testing.assert_array_equal(getattr(again, name), getattr(index, name))
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "link").symlink_to(tmp_path / "sub" / "i")
-    assert RetrievalIndex.load(tmp_path / "elsewhere" / "link").source.resolve() == again.source.resolve()
+    link = tmp_path / "some" / "where" / "link"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "sub" / "i")
+    assert RetrievalIndex.load(link).source.resolve() == again.source.resolve()
     ((record, cosine),) = again.retrieve("please make it night")
     assert record.instruction == "make it night" and record.input.resolve() == tmp_path / "c" and 0.3 < cosine < 1
     with pytest.raises(UserError, match="no training pair"):

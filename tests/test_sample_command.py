@@ -20,8 +20,10 @@ from xprompt_jax import CompiledPrompt, Example, UserError, XPrompt
 from xprompt_jax.cli import main
 from xprompt_jax.data.images import save_png
 from xprompt_jax.model.chameleon import Chameleon
-from xprompt_jax.sample.batch import LOCK, Task, draw_folder, find_requests
+from xprompt_jax.sample.batch import draw_folder
 from xprompt_jax.sample.draw import MAX_BATCH
+from xprompt_jax.sample.folder import LOCK
+from xprompt_jax.sample.requests import Task, find_requests
 
 
 @pytest.fixture(scope="module")

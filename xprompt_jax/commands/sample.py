@@ -58,7 +58,8 @@ class Sample(PrecisionFlags, SamplingFlags):
         sampling = self.sampling()
         from xprompt_jax import XPrompt
         from xprompt_jax.sample.arguments import seed_of
-        from xprompt_jax.sample.batch import Request, Task, draw_folder, find_requests
+        from xprompt_jax.sample.batch import draw_folder
+        from xprompt_jax.sample.requests import Request, Task, find_requests
 
         seed_of(self.seed, "--seed")
         requests = find_requests(self.inputs, self.out)  # mistakes are named before the model is loaded

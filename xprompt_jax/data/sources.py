@@ -123,9 +123,6 @@ def manifest_record(row: Mapping[str, Any], path: Path, number: int, eval_fracti
     more = row.get("more_inputs", [])
     if problem := _problem(row, names):
         raise UserError(f"{path}, line {number}: {problem}; fields are {', '.join(sorted(names))}")
-    for name, allowed in (("split", ("train", "eval")), ("holdout", ("", "yes", "no"))):
-        if row.get(name, allowed[0]) not in allowed:
-            raise UserError(f"{path}, line {number}: {name!r} is {row[name]!r}; it can be {' or '.join(map(repr, allowed))}")
     row.setdefault("split", held_out(row["input"], eval_fraction))  # by its name as written: wherever the manifest lies, the same rows
     row["input"], row["output"] = path.parent / row["input"], path.parent / row["output"]
     row["more_inputs"] = tuple(path.parent / name for name in more)
@@ -147,6 +144,9 @@ def _problem(row: Mapping[str, Any], names: set[str]) -> str:
         kind, value = type(field.default), row.get(field.name)
         if kind in (str, bool) and field.name in row and not isinstance(value, kind):
             return f"{field.name!r} must be {'a text' if kind is str else 'true or false'}, not {value!r:.60}"
+    for name, allowed in (("split", ("train", "eval")), ("holdout", ("", "yes", "no"))):
+        if row.get(name, allowed[0]) not in allowed:
+            return f"{name!r} is {row[name]!r:.60}; it can be {' or '.join(map(repr, allowed))}"
     for name in (row["input"], row["output"], *more):
         try:
             possible = b"\0" not in name.encode("utf-8", "surrogateescape")
